@@ -1,0 +1,1 @@
+"""The literate-programming tool: chapters in, a package and notebooks out."""

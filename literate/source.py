@@ -1,0 +1,409 @@
+"""The chapters as they are written: cells, export cells, labels and their numbers."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import json
+import keyword
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jupytext.myst import MystMetadataParsingError, myst_to_notebook
+
+from literate.myst import SourceError, directive, parse, read_yaml
+
+__all__ = ["Book", "Cell", "Chapter", "Export", "Label", "SourceError", "read_chapter", "strip_directives"]
+
+PACKAGE = "guided_descent"
+CHAPTERS = "[0-9][0-9]_*.md"
+# The directives whose body is MyST again, and may hold labels.
+CONTAINERS = {
+    "admonition", "note", "tip", "hint", "warning", "important", "caution", "attention", "danger", "error",
+    "seealso", "margin", "sidebar", "dropdown", "topic", "exercise", "solution", "table",
+}  # fmt: skip
+TABLES = {"table", "list-table", "csv-table"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a chapter; `line` is the line of the file that holds the first line of `source`."""
+
+    kind: str
+    source: str
+    line: int
+    metadata: dict[str, Any]
+    section: str | None
+
+
+@dataclass(frozen=True)
+class Export:
+    """A cell that goes into the package, without its directive line."""
+
+    module: str
+    section: str
+    ordinal: int
+    code: str
+    names: tuple[str, ...]
+    line: int
+    cell: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Label:
+    """Something a reference can point at; `noun` is what a sentence calls it ("Figure")."""
+
+    name: str
+    kind: str
+    number: str
+    title: str
+    docname: str
+    line: int
+    noun: str = ""
+
+
+@dataclass
+class Chapter:
+    """One `.md` file of the book; pages without a number (index, notation) are chapters too."""
+
+    path: Path
+    file: str
+    stem: str
+    number: int | None
+    title: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    cells: list[Cell] = field(default_factory=list)
+    exports: list[Export] = field(default_factory=list)
+    labels: dict[str, Label] = field(default_factory=dict)
+    terms: set[str] = field(default_factory=set)
+
+    @property
+    def docname(self) -> str:
+        return f"chapters/{self.stem}"
+
+    @property
+    def notebook(self) -> Path:
+        return self.path.with_suffix(".ipynb")
+
+
+@dataclass
+class Book:
+    """All chapters, with the tables that need all of them."""
+
+    root: Path
+    config: dict[str, Any]
+    chapters: list[Chapter]
+    pages: list[Chapter]
+    labels: dict[str, Label]
+    modules: dict[str, list[tuple[Chapter, Export]]]
+
+    @classmethod
+    def load(cls, root: str | Path = ".") -> Book:
+        """Read the book whose `_config.yml` is in `root` or the nearest folder above it."""
+        root = find_root(Path(root))
+        config = read_yaml((root / "_config.yml").read_text("utf-8"), "_config.yml", 1)
+        if not config.get("repository", {}).get("url"):
+            raise SourceError("_config.yml", 1, "no repository url; add `repository: {url: …}`")
+        chapters = [read_chapter(path) for path in sorted(root.glob(f"chapters/{CHAPTERS}"))]
+        known = {chapter.path for chapter in chapters}
+        pages = [read_chapter(path) for path in sorted(root.glob("chapters/*.md")) if path not in known]
+        book = cls(root, config, chapters, pages, {}, {})
+        for chapter in [*chapters, *pages]:
+            for label in chapter.labels.values():
+                if (first := book.labels.setdefault(label.name, label)) is not label:
+                    where = f"{first.docname}.md:{first.line}"
+                    raise SourceError(chapter.file, label.line, f"label {label.name} is also at {where}; rename one")
+        for chapter in chapters:
+            for export in chapter.exports:
+                book.modules.setdefault(export.module, []).append((chapter, export))
+        book._check_names()
+        return book
+
+    def _check_names(self) -> None:
+        homes: dict[str, str] = {}
+        for chapter, export in (pair for pairs in self.modules.values() for pair in pairs):
+            for name in export.names:
+                where = f"{chapter.file}:{export.line}"
+                if name in self.modules:
+                    raise SourceError(chapter.file, export.line, f"{name} is also the name of a module; rename one")
+                if (first := homes.setdefault(name, where)) != where:
+                    raise SourceError(
+                        chapter.file, export.line, f"{name} is already exported at {first}; rename or remove one"
+                    )
+
+    @property
+    def repository(self) -> str:
+        return self.config["repository"]["url"].rstrip("/")
+
+    @property
+    def site(self) -> str:
+        """The address of the published book, with a slash at its end."""
+        owner, name = self.repository.split("/")[-2:]
+        return f"https://{owner}.github.io/{name}/"
+
+    @cached_property
+    def version(self) -> str:
+        try:
+            return tomllib.loads((self.root / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+        except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+            raise SourceError("pyproject.toml", 1, f"no version ({error}); give `version` under [project]") from None
+
+    @cached_property
+    def terms(self) -> set[str]:
+        return {term for chapter in [*self.chapters, *self.pages] for term in chapter.terms}
+
+    @cached_property
+    def public(self) -> dict[str, str]:
+        """The module in which each public name lives."""
+        return {name: module for module, pairs in self.modules.items() for _, e in pairs for name in e.names}
+
+
+def find_root(start: Path) -> Path:
+    """The nearest folder at or above `start` that holds `_config.yml`."""
+    for folder in [start.resolve(), *start.resolve().parents]:
+        if (folder / "_config.yml").is_file():
+            return folder
+    raise SourceError("_config.yml", 1, "not in this folder or above it; run inside the book")
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def strip_directives(source: str) -> str:
+    """A cell as readers see it: without its `#| …` line."""
+    first, _, rest = source.partition("\n")
+    return rest.lstrip("\n") if first.startswith("#|") else source
+
+
+def read_chapter(path: str | Path) -> Chapter:
+    """Read one `.md` file."""
+    path = Path(path)
+    file = f"{path.parent.name}/{path.name}"
+    number = re.match(r"(\d\d)_", path.name)
+    chapter = Chapter(path, file, path.stem, int(number[1]) if number else None)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(file, 1, f"cannot be read ({error}); save it as UTF-8 text") from None
+    chapter.metadata = _front_matter(text, file, required=number is not None)
+    _Labels(chapter).read(_cells(text, file))
+    if not chapter.title:
+        raise SourceError(file, 1, "no title; start the page with a `# Title` heading")
+    if number:
+        chapter.exports = list(_exports(chapter))
+    return chapter
+
+
+def _front_matter(text: str, file: str, *, required: bool) -> dict[str, Any]:
+    block = re.match(r"---\n(.*?)^---\s*$", text, re.DOTALL | re.MULTILINE)
+    if block:
+        return read_yaml(block[1], file, 2)
+    if text.startswith("---\n"):
+        raise SourceError(file, 1, "unclosed front matter; close it with ---")
+    if required:
+        raise SourceError(file, 1, "no front matter; start with the `jupytext` and `kernelspec` block")
+    return {}
+
+
+def _cells(text: str, file: str) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
+    """Kind, source, line and metadata of each cell, as jupytext reads them."""
+    tokens = parse(text, file)
+    fences = iter([t for t in tokens if t.type == "fence" and t.level == 0 and t.info.startswith("{code-cell}")])
+    for token in tokens:
+        if token.type == "fence" and token.level and token.info.startswith("{code-cell}"):
+            raise SourceError(file, token.map[0] + 1, "a code cell inside a list or quote; move it out")
+    try:
+        notebook = myst_to_notebook(text, add_source_map=True)
+    except (MystMetadataParsingError, yaml.YAMLError) as error:
+        at = re.search(r"at line (\d+)", str(error))
+        cause = error.__context__ or error
+        mark = getattr(cause, "problem_mark", None)
+        line = (int(at[1]) if at else 1) + (mark.line if mark else 0) + 1
+        problem = getattr(cause, "problem", None) or "cannot be read"
+        raise SourceError(file, line, f"bad YAML in a cell's options: {problem}; mend the block") from None
+    lines = text.splitlines()
+    for cell, start in zip(notebook.cells, notebook.metadata["source_map"], strict=True):
+        if cell.cell_type == "code":
+            line = next(fences).map[1] - len(cell.source.splitlines())
+            line -= len(cell.source) - len(cell.source.rstrip("\n"))
+        else:
+            line = next(n for n, text in enumerate(lines[start:], start + 1) if text.strip())
+        yield cell.cell_type, cell.source, line, json.loads(json.dumps(cell.metadata, default=str))
+
+
+class _Labels:
+    """Collects a chapter's cells and labels, and numbers them in order as Sphinx does."""
+
+    def __init__(self, chapter: Chapter) -> None:
+        self.chapter = chapter
+        self.counts: dict[str, int] = defaultdict(int)
+        self.headings = [0] * 6
+        self.section: str | None = None
+
+    def read(self, cells: Iterator[tuple[str, str, int, dict[str, Any]]]) -> None:
+        for kind, source, line, metadata in cells:
+            if kind == "markdown":
+                self.markdown(source, line)
+            elif figure := metadata.get("mystnb", {}).get("figure"):
+                caption = str(figure.get("caption", ""))
+                number = self.count("Figure") if caption else ""
+                if name := figure.get("name"):
+                    self.add(name, "fig", number, caption, line, "Figure")
+            self.chapter.cells.append(Cell(kind, source, line, metadata, self.section))
+
+    def count(self, noun: str) -> str:
+        self.counts[noun] += 1
+        chapter = self.chapter.number
+        return str(self.counts[noun]) if chapter is None else f"{chapter}.{self.counts[noun]}"
+
+    def add(self, name: str, kind: str, number: str, title: str, line: int, noun: str) -> None:
+        if first := self.chapter.labels.get(name):
+            raise SourceError(self.chapter.file, line, f"label {name} is also at line {first.line}; rename one")
+        self.chapter.labels[name] = Label(name, kind, number, title, self.chapter.docname, line, noun)
+
+    def markdown(self, source: str, base: int, *, nested: bool = False) -> None:
+        targets: list[tuple[str, int]] = []
+        tokens = parse(source, self.chapter.file, base)
+        for i, token in enumerate(tokens):
+            if token.type == "myst_target":
+                targets.append((token.content, base + token.map[0]))
+                continue
+            line = base + token.map[0] if token.map else base
+            if token.type == "heading_open" and not nested:
+                self.heading(int(token.tag[1]), tokens[i + 1].content, targets)
+            elif token.nesting >= 0:
+                for name, at in targets:
+                    self.add(name, "target", "", "", at, "")
+            targets = []
+            if token.type == "math_block_label":
+                self.add(token.info, "eq", self.count("Equation"), "", line, "Equation")
+            elif found := directive(token, self.chapter.file, base):
+                self.directive(found)
+
+    def heading(self, level: int, title: str, targets: list[tuple[str, int]]) -> None:
+        if level == 1:
+            self.chapter.title = title
+        else:
+            self.headings[level - 1] += 1
+            self.headings[level:] = [0] * (6 - level)
+        chapter = self.chapter.number
+        path = [] if chapter is None else [chapter, *self.headings[1:level]]
+        number = ".".join(map(str, path))
+        for name, line in targets:
+            self.add(name, "sec", number, title, line, "Chapter" if level == 1 else "Section")
+        if targets or level < 3:
+            self.section = targets[-1][0] if targets else None
+
+    def directive(self, found: Any) -> None:
+        name, options, argument = found.name, found.options, found.argument
+        label = options.get("label") or options.get("name")
+        if name == "math":
+            if label:
+                self.add(label, "eq", self.count("Equation"), "", found.line, "Equation")
+        elif name == "figure" and found.body.strip():
+            caption = found.body.strip().split("\n\n")[0]
+            self.numbered(label, "fig", "Figure", caption, found.line)
+        elif name in TABLES and argument:
+            self.numbered(label, "tab", "Table", argument, found.line)
+        elif name in ("exercise", "exercise-start") and "nonumber" not in options:
+            self.numbered(label, "ex", "Exercise", argument, found.line)
+        elif name.startswith("prf:") and name != "prf:proof" and "nonumber" not in options:
+            self.numbered(label, "prf", name[4:].capitalize(), argument, found.line)
+        elif name == "glossary":
+            entries = re.findall(r"^(\S.*)\n(?=\s|:)", found.body + "\n", re.MULTILINE)
+            self.chapter.terms.update(term.strip() for term in entries if not term.startswith(":"))
+        if name in CONTAINERS or name.startswith("prf:"):
+            self.markdown(found.body, found.body_line, nested=True)
+
+    def numbered(self, label: str | None, kind: str, noun: str, title: str, line: int) -> None:
+        number = self.count(noun)
+        if label:
+            self.add(label, kind, number, title, line, noun)
+
+
+def _exports(chapter: Chapter) -> Iterator[Export]:
+    """The export cells of a chapter, every directive checked."""
+    module = ""
+    ordinals: dict[str, int] = defaultdict(int)
+    for index, cell in enumerate(chapter.cells):
+        if cell.kind != "code":
+            continue
+        for offset, text in enumerate(cell.source.split("\n")[1:], 1):
+            if text.startswith("#|"):
+                raise SourceError(
+                    chapter.file, cell.line + offset, "a directive below the first line; move it to the top of its cell"
+                )
+        first, _, rest = cell.source.partition("\n")
+        if not first.startswith("#|"):
+            continue
+        word, *arguments = first[2:].split() or [""]
+        _check_directive(chapter.file, cell.line, word, arguments)
+        if word == "default_exp":
+            module = arguments[0]
+            if rest.strip():
+                raise SourceError(chapter.file, cell.line, "code in a default_exp cell; move it to a cell of its own")
+            continue
+        home = arguments[0] if arguments else module
+        if not home:
+            raise SourceError(
+                chapter.file, cell.line, "`#| export` before any default_exp; add a `#| default_exp NAME` cell above"
+            )
+        if cell.section is None:
+            raise SourceError(
+                chapter.file, cell.line, "an export cell in a section without a label; put `(sec-…)=` above its heading"
+            )
+        code = rest.strip("\n").rstrip()
+        line = cell.line + 1 + (len(rest) - len(rest.lstrip("\n")))
+        if not code:
+            raise SourceError(chapter.file, cell.line, "an empty export cell; add its code or remove it")
+        if marker := re.search(r"^# %% ", code, re.MULTILINE):
+            at = line + code.count("\n", 0, marker.start())
+            raise SourceError(chapter.file, at, "a line that looks like a marker; write its `# %% ` otherwise")
+        ordinals[cell.section] += 1
+        names = tuple(_public(code, chapter.file, line))
+        yield Export(home, cell.section, ordinals[cell.section], code, names, line, index, digest(code))
+
+
+def _check_directive(file: str, line: int, word: str, arguments: list[str]) -> None:
+    if word not in ("export", "default_exp"):
+        close = difflib.get_close_matches(word, ["export", "default_exp"], 1, 0.4)
+        hint = f"did you mean `#| {close[0]}`?" if close else "use `#| export` or `#| default_exp NAME`"
+        raise SourceError(file, line, f"unknown directive `#| {word}`; {hint}")
+    if len(arguments) > 1 or (word == "default_exp" and not arguments):
+        raise SourceError(file, line, f"`#| {word}` takes one module name; write `#| {word} NAME`")
+    for name in arguments:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+            raise SourceError(file, line, f"{name} is no module name; use lower-case letters, digits and _")
+
+
+def _public(code: str, file: str, line: int) -> list[str]:
+    """The public names that code binds at its top level, imports apart."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError as error:
+        raise SourceError(file, line + (error.lineno or 1) - 1, f"syntax error: {error.msg}; mend the cell") from None
+
+    def bound(body: list[ast.stmt]) -> Iterator[str]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield node.name
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    names = (n for n in ast.walk(target) if isinstance(n, ast.Name))
+                    yield from (n.id for n in names if isinstance(n.ctx, ast.Store))
+            elif isinstance(node, ast.If | ast.Try | ast.With | ast.For):
+                for part in ("body", "handlers", "orelse", "finalbody"):
+                    for child in getattr(node, part, []):
+                        yield from bound(child.body if isinstance(child, ast.ExceptHandler) else [child])
+
+    return [name for name in dict.fromkeys(bound(tree.body)) if not name.startswith("_")]
