@@ -1,0 +1,258 @@
+"""The site: a Sphinx extension for Jupyter Book, and `python -m literate.site`, which builds it.
+
+A page shows the chapter's `.md` with the outputs stored in its `.ipynb`, so building runs no chapter code and shows
+exactly what nbval verified. Stored outputs that are stale fail the build before anything is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from docutils import nodes
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from sphinx.environment.collectors.toctree import TocTreeCollector
+from sphinx.errors import ExtensionError
+from sphinx.util import logging
+
+from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, strip_directives
+
+ASSETS = Path(__file__).parent / "assets"
+API = "chapters/api"
+PLOTLY = "application/vnd.plotly.v1+json"
+REMEDY = "run `python -m literate weave`"
+CHECK = re.compile(r"✓ \((?P<label>[\w:-]+)\) (?P<text>.*)")
+# Plotly figures met while reading: name -> JSON. They become scripts of their own, fetched when the page needs them:
+# the page stays light, and a script (unlike a fetch) also loads from file://.
+figures: dict[str, str] = {}
+logger = logging.getLogger(__name__)
+
+
+@cache
+def book(root: str) -> Book:
+    return Book.load(root)
+
+
+# ---------------------------------------------------------------- a chapter, as a notebook for myst-nb
+
+
+def read(text: str, root: str, stem: str) -> nbformat.NotebookNode:
+    """The reader myst-nb calls for `chapters/{stem}.md`; `text` is that file, which the book has read already."""
+    this = book(root)
+    chapter = next(c for c in this.chapters if c.stem == stem)
+    outputs = stored_outputs(chapter)
+    exports = {export.cell: export for export in chapter.exports}
+    page: list[tuple[nbformat.NotebookNode, int]] = []
+    for index, cell in enumerate(chapter.cells):
+        if cell.kind != "code":
+            page.append((new_markdown_cell(cell.source), cell.line))
+            continue
+        stored = next(outputs)
+        if index in exports:
+            page.append((new_markdown_cell(badge(exports[index])), cell.line))
+        if source := strip_directives(cell.source):
+            shown = [o for n, output in enumerate(stored) for o in present(output, cell.metadata, f"{stem}-{index}-{n}")]
+            page.append((new_code_cell(source, metadata=cell.metadata, outputs=shown), cell.line))
+    if chapter.exports:
+        page.append((new_markdown_cell(added(chapter)), page[-1][1]))
+    metadata = {k: v for k, v in chapter.metadata.items() if k != "jupytext"}
+    metadata["language_info"] = {"name": "python"}  # else: "No source code lexer found"
+    metadata["source_map"] = [line - 1 for _, line in page]  # warnings then name lines of the .md
+    return new_notebook(cells=[cell for cell, _ in page], metadata=metadata)
+
+
+def present(output: Any, metadata: dict[str, Any], name: str) -> list[Any]:
+    """A stored output as the page shows it: checks as one quiet line, Plotly figures as an element that loads them."""
+    if output.output_type == "stream" and output.name == "stdout" and CHECK.search(output.text):
+        return [markdown(check_line(line)) if CHECK.fullmatch(line) else new_output("stream", name="stdout", text=line)
+                for line in output.text.splitlines()]
+    if PLOTLY in output.get("data", {}):
+        figure = output.data[PLOTLY]
+        figures[name] = json.dumps(figure, separators=(",", ":"), ensure_ascii=False)
+        alt = metadata.get("mystnb", {}).get("image", {}).get("alt", "Interactive figure")
+        height = figure.get("layout", {}).get("height", 420)
+        html = (f'<div class="gd-plotly" role="group" data-figure="{name}" style="min-height:{height}px" '
+                f'aria-label="{alt.replace(chr(34), "&quot;")}"></div>')
+        return [new_output("display_data", data={"text/html": html})]
+    return [output]
+
+
+def markdown(text: str) -> nbformat.NotebookNode:
+    return new_output("display_data", data={"text/markdown": text})
+
+
+def check_line(line: str) -> str:
+    """`✓ (eq-x) within 1e-12` with the equation's number in place of its label."""
+    match = CHECK.fullmatch(line)
+    assert match
+    return f":::{{div}} gd-check\n✓ {{eq}}`{match['label']}` {match['text']}\n:::"
+
+
+def badge(export: Export) -> str:
+    home = f"{PACKAGE}.{export.module}"
+    names = ", ".join(f"{{py:obj}}`{name} <{home}.{name}>`" for name in export.names)
+    return f":::{{div}} gd-export\nexported to {{py:mod}}`{home}`{': ' + names if names else ''}\n:::"
+
+
+def added(chapter: Chapter) -> str:
+    """The section that closes a chapter: what it added to the package."""
+    rows = [f"| {{py:obj}}`{name} <{PACKAGE}.{e.module}.{name}>` | {summary(e.code, name)} |"
+            for e in chapter.exports for name in e.names]
+    return "\n".join(["## What this chapter added to the package", "", "| Name | What it is |", "|---|---|", *rows])
+
+
+def summary(code: str, name: str) -> str:
+    """The first line of a definition's docstring, as Markdown."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            line = (ast.get_docstring(node) or "").partition("\n")[0]
+            return re.sub(r":math:`([^`]*)`", r"$\1$", line).replace("|", r"\|")
+    return ""
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def number_chapters(app: Any, env: Any) -> list[str]:
+    """Give each chapter the number in its file name, and other pages none.
+
+    Sphinx counts the pages of a toctree; the book's numbers are permanent and chapters may be missing in between.
+    Runs after Sphinx has numbered sections, and then has it number equations, figures and exercises once more.
+    """
+    for docname, numbers in env.toc_secnumbers.items():
+        stem = re.search(r"/(\d\d)_", docname)
+
+        def mend(number: Any, stem: Any = stem) -> Any:
+            return type(number)([int(stem[1]), *number[1:]]) if stem and number else None
+
+        env.toc_secnumbers[docname] = {anchor: mend(n) for anchor, n in numbers.items() if mend(n)}
+        for node in [*env.tocs[docname].findall(nodes.reference), env.titles[docname]]:
+            node["secnumber"] = mend(node.get("secnumber"))
+    return TocTreeCollector().assign_figure_numbers(env)
+
+
+# ---------------------------------------------------------------- from the API page back to the derivation
+
+
+def api_page(app: Any, docname: str, source: list[str]) -> None:
+    """Append a section for each module to the API page."""
+    if docname != API:
+        return
+    for module, pairs in sorted(book(str(app.srcdir)).modules.items()):
+        chapters = " and ".join(dict.fromkeys(f"{{doc}}`/{chapter.docname}`" for chapter, _ in pairs))
+        source[0] += (f"\n\n(api-{module})=\n## `{module}`\n\nFrom the chapter {chapters}.\n\n```{{eval-rst}}\n"
+                      f".. automodule:: {PACKAGE}.{module}\n   :members:\n   :show-inheritance:\n```\n")
+
+
+def link_back(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """End a docstring with the section that derives it and the equations nearest to its cell."""
+    if what == "module":
+        lines.clear()  # the banner of a generated file; the page says it once
+    module, _, public = name.removeprefix(f"{PACKAGE}.").partition(".")
+    for chapter, export in book(str(app.srcdir)).modules.get(module, []):
+        if public in export.names:
+            label = chapter.labels[export.section]
+            where = f"{label.noun} {label.number}, :ref:`{label.name}`".strip()
+            equations = " and ".join(f":eq:`{e.name}`" for e in nearest(chapter, export, label))
+            lines += ["", ".. rst-class:: gd-derived", "", f"Derived in {where}" + (f": {equations}." if equations else "."), ""]
+
+
+def nearest(chapter: Chapter, export: Export, section: Label) -> list[Label]:
+    """The last two labelled equations before an export cell, or the first after it, within its section."""
+    starts = [label.line for label in chapter.labels.values() if label.kind == "sec" and label.line > section.line]
+    inside = [label for label in chapter.labels.values()
+              if label.kind == "eq" and section.line < label.line < min(starts, default=sys.maxsize)]
+    return [label for label in inside if label.line < export.line][-2:] or inside[:1]
+
+
+# ---------------------------------------------------------------- what every page carries
+
+
+def configure(app: Any, config: Any) -> None:
+    """Hand each chapter to `read`; add the footer and our own style."""
+    this = book(str(app.srcdir))
+    # After myst-nb has seen this setting, which would make source suffixes of these names.
+    config.nb_custom_formats = {
+        f"{c.stem}.md": [f"{__name__}.read", {"root": str(app.srcdir), "stem": c.stem}, False] for c in this.chapters
+    }
+    config.html_static_path.append(str(ASSETS))
+    config.html_theme_options["extra_footer"] = footer(this)
+    config.html_theme_options["logo"] = {"text": config.html_title, "alt_text": f"{config.html_title}, home"}
+
+
+def footer(this: Book) -> str:
+    commit, dirty = git(this.root, "rev-parse", "--short=10", "HEAD"), git(this.root, "status", "--porcelain")
+    at = f' · commit <a href="{this.repository}/commit/{commit}">{commit}</a>' if commit else ""
+    changes = " with uncommitted changes" if commit and dirty else ""
+    blob = f"{this.repository}/blob/{this.config['repository']['branch']}"
+    return (f'<p class="gd-footer">Version {this.version}{at}{changes}<br>Code: <a href="{blob}/LICENSE">MIT</a>. '
+            'Text and figures: <a href="https://creativecommons.org/licenses/by/4.0/">CC BY 4.0</a>.</p>')
+
+
+def git(root: Path, *arguments: str) -> str:
+    """What git says, or nothing where there is no git, or no repository."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def adjust_page(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Colab opens the branch that carries the published notebooks; edits go to the branch that carries the text."""
+    for group in context.get("header_buttons", []):
+        for button in group.get("buttons", []):
+            if button.get("text") == "Colab":
+                branch = book(str(app.srcdir)).config["repository"]["branch"]
+                button["url"] = button["url"].replace(f"/blob/{branch}/", "/blob/colab/")
+
+
+def finish(app: Any, error: Exception | None) -> None:
+    """Put MathJax, Plotly, the figures and the plain notebooks beside the pages."""
+    if error or app.builder.format != "html":
+        return
+    static = Path(app.outdir) / "_static"
+    mathjax = package_folder("sphinx-mathjax-offline") / "static/mathjax"
+    for part in ["tex-chtml-full.js", "output/chtml", "a11y", "sre/mathmaps/en.json"]:
+        target = static / "mathjax" / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (mathjax / part).is_dir() else shutil.copy2
+        copy(mathjax / part, target)
+    if figures:
+        shutil.copy2(package_folder("plotly") / "package_data/plotly.min.js", static)
+        (static / "figures").mkdir()
+        for name, data in figures.items():
+            (static / f"figures/{name}.js").write_text(f"guidedDescentFigures[{name!r}]={data};\n", "utf-8")
+    for chapter in book(str(app.srcdir)).chapters:  # what the download button offers
+        shutil.copy2(chapter.notebook, Path(app.outdir) / f"_sources/{chapter.docname}.ipynb")
+
+
+def package_folder(name: str) -> Path:
+    spec = find_spec(name)
+    if not spec or not spec.origin:
+        raise ExtensionError(f"{name} is not installed; run `pip install -r requirements.txt`")
+    return Path(spec.origin).parent
+
+
+def setup(app: Any) -> dict[str, Any]:
+    app.connect("config-inited", configure, priority=900)
+    app.connect("source-read", api_page)
+    app.connect("autodoc-process-docstring", link_back, priority=900)  # after napoleon
+    app.connect("env-get-updated", number_chapters, priority=900)
+    app.connect("html-page-context", adjust_page, priority=900)
+    app.connect("build-finished", finish)
+    app.add_css_file("site.css", priority=900)
+    app.add_js_file("site.js", loading_method="defer")
+    return {"parallel_read_safe": False, "parallel_write_safe": False}
