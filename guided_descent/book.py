@@ -1,0 +1,257 @@
+# Generated from chapters/23_machinery.md by `python -m literate tangle`; do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
+# %% head 96b35df4
+"""Chapter 23, The machinery."""
+
+__all__ = [
+    "COLORS",
+    "check",
+    "device",
+    "seed",
+    "slider",
+    "style",
+    "train",
+]
+
+
+# %% 23_machinery sec-check 1 d2ce2788
+import os
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def check(label: str, actual: Any, expected: Any, *, tol: float = 1e-12, relation: str = "==") -> None:
+    """Compare the two sides of a labelled equation, and print a tick.
+
+    Every element must satisfy ``|actual − expected| ≤ tol · max(1, |expected|)``, or for an inequality
+    ``actual ≤ expected + tol · max(1, |expected|)`` (mirrored for ``>=``).
+
+    Args:
+        label: The equation's label in the chapter, such as ``"eq-gd-modes"``.
+        actual: A number, array or tensor: what was computed one way.
+        expected: The other side, of the same shape or a single number.
+        tol: Tolerance, positive; relative above one and absolute below.
+        relation: ``"=="``, ``"<="`` or ``">="``.
+
+    Raises:
+        AssertionError: The relation does not hold, the shapes differ, or a value is not a number.
+        ValueError: An unknown relation.
+
+    Source: appendix "The machinery".
+    """
+    signs = {"==": "", "<=": "≤ ", ">=": "≥ "}
+    if relation not in signs:
+        raise ValueError(f"relation={relation!r} is unknown; use one of {', '.join(map(repr, signs))}")
+    a, e = (np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x) for x in (actual, expected))
+    if e.ndim and a.shape != e.shape:
+        raise AssertionError(f"({label}) compares shapes {a.shape} and {e.shape}")
+    gap = {"==": abs(a - e), "<=": a - e, ">=": e - a}[relation]
+    if not (gap <= tol * np.maximum(1, abs(e))).all():
+        raise AssertionError(
+            f"({label}) fails: actual {a} {relation} expected {e}; largest gap {np.max(gap):.3g}, tolerance {tol:g}"
+        )
+    print(f"✓ ({label}) {signs[relation]}within {tol:g}")
+
+
+# %% 23_machinery sec-train 1 46bcece4
+def seed(n: int = 0) -> torch.Generator:
+    """Seed Python, NumPy and torch, and return a CPU generator with the same seed.
+
+    Args:
+        n: The seed, a non-negative integer below 2³².
+
+    Source: appendix "The machinery".
+    """
+    random.seed(n)
+    np.random.seed(n)
+    torch.manual_seed(n)
+    return torch.Generator().manual_seed(n)
+
+
+def device() -> torch.device:
+    """The device chapters run on: the current CUDA device when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(
+    loss: Callable[..., Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    *,
+    batches: Iterable[Any] | None = None,
+    scheduler: Any = None,
+    record: Callable[[int], dict[str, Any]] | None = None,
+    desc: str = "training",
+) -> dict[str, Tensor]:
+    """Take ``steps`` optimizer steps on ``loss``, with a progress bar, and return what happened.
+
+    The loss is handed to the optimizer as a closure, so methods that evaluate it several times a step work too.
+    Values stay on the device until the end: recording costs no synchronisation.
+
+    Args:
+        loss: Called as ``loss()``, or as ``loss(batch)`` when there are batches; returns a scalar tensor.
+        optimizer: Any ``torch.optim.Optimizer``.
+        steps: Number of steps, at least one.
+        batches: One batch for each step; a step that calls the closure repeatedly sees the same one.
+        scheduler: Stepped once after each step.
+        record: Called as ``record(t)`` before step ``t``, with gradients off; the values it returns are stacked.
+        desc: The text beside the progress bar. ``GUIDED_DESCENT_PROGRESS=0`` in the environment hides the bar.
+
+    Returns:
+        ``"loss"`` before each step, and one tensor for each recorded name; the first axis is time.
+
+    Raises:
+        ValueError: ``steps`` is less than one, or the batches end early.
+
+    Source: appendix "The machinery".
+    """
+    from tqdm import tqdm
+
+    if steps < 1:
+        raise ValueError(f"steps={steps} takes no step; pass at least 1")
+    history: dict[str, list[Tensor]] = {"loss": []}
+    stream = iter(batches) if batches is not None else None
+    for t in tqdm(range(steps), desc=desc, leave=False, disable=os.environ.get("GUIDED_DESCENT_PROGRESS") == "0"):
+        if record is not None:
+            with torch.no_grad():
+                for name, value in record(t).items():
+                    history.setdefault(name, []).append(torch.as_tensor(value).detach().clone())
+        try:
+            batch = () if stream is None else (next(stream),)
+        except StopIteration:
+            raise ValueError(f"batches ended at step {t} of steps={steps}; pass as many batches as steps") from None
+
+        def closure(batch: tuple[Any, ...] = batch) -> Tensor:
+            optimizer.zero_grad()
+            value = loss(*batch)
+            value.backward()
+            return value
+
+        history["loss"].append(optimizer.step(closure).detach())
+        if scheduler is not None:
+            scheduler.step()
+    return {name: torch.stack(values).cpu() for name, values in history.items()}
+
+
+# %% 23_machinery sec-figures 1 241efd94
+COLORS = {
+    "blue": "#0072B2",
+    "orange": "#D55E00",
+    "green": "#009E73",
+    "pink": "#CC79A7",
+    "yellow": "#E69F00",
+    "sky": "#56B4E9",
+    "grey": "#6B6B6B",
+    "black": "#1A1A1A",
+}
+
+
+def style() -> None:
+    """Set the book's figure style: colour-blind-safe (Okabe and Ito), on white, legible on a phone.
+
+    Source: appendix "The machinery".
+    """
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (6.4, 3.4),
+            "figure.dpi": 130,
+            "figure.facecolor": "white",
+            "figure.constrained_layout.use": True,
+            "font.size": 11,
+            "axes.prop_cycle": mpl.cycler(color=list(COLORS.values())),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#E4E4E4",
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+        }
+    )
+
+
+# %% 23_machinery sec-figures 2 586bd05d
+def slider(
+    frames: dict[str, list[dict[str, Any]]],
+    *,
+    name: str,
+    xlabel: str,
+    ylabel: str,
+    active: int = 0,
+    title: str = "",
+    logx: bool = False,
+    logy: bool = False,
+    xrange: tuple[float, float] | None = None,
+    yrange: tuple[float, float] | None = None,
+    aspect: float | None = None,
+    height: int = 420,
+) -> None:
+    """Show curves that a slider moves through.
+
+    Args:
+        frames: For each position of the slider, its label and the plotly traces (``x``, ``y``, ``name``, …) to draw.
+        name: What the slider changes, such as ``"η"``.
+        xlabel: Label of the horizontal axis.
+        ylabel: Label of the vertical axis.
+        active: Position to start from, counted from zero.
+        title: Title of the figure.
+        logx: Logarithmic horizontal axis; then ``xrange`` is positive.
+        logy: Logarithmic vertical axis; then ``yrange`` is positive.
+        xrange: Fixed limits of the horizontal axis, else chosen from the data.
+        yrange: Fixed limits of the vertical axis.
+        aspect: Units of y for one unit of x on the screen; ``1`` for equal axes.
+        height: Height in pixels.
+
+    Raises:
+        ValueError: There are no frames, or ``active`` is not one of them.
+
+    Source: appendix "The machinery".
+    """
+    import sys
+
+    from IPython.display import display
+
+    if not 0 <= active < len(frames):
+        raise ValueError(f"active={active} is not one of the {len(frames)} frames; pass 0 to {len(frames) - 1}")
+    owner = [k for k, traces in enumerate(frames.values()) for _ in traces]
+    shown = [[k == frame for k in owner] for frame in range(len(frames))]
+    data = [
+        {**trace, "x": _rounded(trace["x"]), "y": _rounded(trace["y"]), "visible": visible}
+        for trace, visible in zip((t for traces in frames.values() for t in traces), shown[active], strict=True)
+    ]
+    steps = [
+        {"label": label, "method": "restyle", "args": ["visible", visible]}
+        for label, visible in zip(frames, shown, strict=True)
+    ]
+    layout = {
+        "title": {"text": title},
+        "height": height,
+        "margin": {"l": 60, "r": 15, "t": 50 if title else 30, "b": 50},
+        "xaxis": _axis(xlabel, logx, xrange),
+        "yaxis": _axis(ylabel, logy, yrange) | ({"scaleanchor": "x", "scaleratio": aspect} if aspect else {}),
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "colorway": list(COLORS.values()),
+        "sliders": [{"active": active, "steps": steps, "currentvalue": {"prefix": f"{name} = "}, "pad": {"t": 45}}],
+    }
+    figure = {"data": data, "layout": layout}
+    bundle = {"application/vnd.plotly.v1+json": figure, "text/plain": f"Interactive figure: a slider for {name}"}
+    if "google.colab" in sys.modules:
+        import plotly.io
+
+        bundle["text/html"] = plotly.io.to_html(figure, include_plotlyjs="cdn", full_html=False)
+    display(bundle, raw=True)
+
+
+def _rounded(values: Any) -> list[float | None]:
+    """Four significant digits are plenty for a screen; what is not finite leaves a gap."""
+    return [float(f"{v:.4g}") if np.isfinite(v) else None for v in np.asarray(values, dtype=float).ravel()]
+
+
+def _axis(label: str, log: bool, limits: tuple[float, float] | None) -> dict[str, Any]:
+    axis: dict[str, Any] = {"title": {"text": label}, "type": "log" if log else "linear"}
+    return axis | ({"range": [float(np.log10(v)) if log else v for v in limits]} if limits else {})

@@ -1,0 +1,381 @@
+"""What every optimizer of the package promises, in one table: a new optimizer adds one row to CASES."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from guided_descent.problems import GradientDescent
+from guided_descent.core import ENGINES
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer: how to build it, which torch.optim class runs the same algorithm, and what it must refuse."""
+
+    build: Callable[..., torch.optim.Optimizer]
+    peer: Callable[..., torch.optim.Optimizer]
+    refused: list[dict] = field(default_factory=list)
+
+
+CASES = {
+    "GradientDescent": Case(GradientDescent, torch.optim.SGD, [{"lr": -1.0}, {"lr": float("nan")}, {"lr": "fast"}]),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(), (1,), (5,), (3, 4), (2, 3, 4), (2, 3, 2, 2), (0,), (3, 0)]
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+
+
+def tensors(dtype=torch.float64, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE, dtype).requires_grad_() for s in shapes]
+
+
+def set_gradients(params, t):
+    """A fixed sequence of gradients, independent of the parameters."""
+    generator = torch.Generator().manual_seed(1000 + t)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+
+
+def steps(optimizer, params, times):
+    for t in times:
+        set_gradients(params, t)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def close(a, b, rtol=1e-12):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=rtol)
+
+
+@every_case
+@every_engine
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_engine_shape_and_dtype_follows_the_loop(case, engine, dtype):
+    params, reference = tensors(dtype), tensors(dtype)
+    moved = steps(case.build(params, lr=0.1, engine=engine), params, range(3))
+    close(moved, steps(case.build(reference, lr=0.1, engine="loop"), reference, range(3)), torch.finfo(dtype).eps * 4)
+    assert all(p.dtype == dtype for p in params)
+    assert not same([p for p in moved if p.numel()], [p.detach() for p in tensors(dtype) if p.numel()])
+
+
+@every_case
+@every_engine
+def test_follows_torch(case, engine):
+    ours, theirs = tensors(), tensors()
+    close(
+        steps(case.build(ours, lr=0.1, engine=engine), ours, range(100)),
+        steps(case.peer(theirs, lr=0.1), theirs, range(100)),
+    )
+
+
+@every_case
+@every_engine
+def test_non_contiguous_parameters(case, engine):
+    base = torch.arange(12.0, dtype=torch.float64, device=DEVICE).reshape(3, 4)
+    plain, strided = base.clone().t().contiguous().requires_grad_(), base.clone().t().requires_grad_()
+    assert not strided.is_contiguous()
+    a = steps(case.build([plain], lr=0.1, engine=engine), [plain], range(3))
+    assert same(a, steps(case.build([strided], lr=0.1, engine=engine), [strided], range(3)))
+
+
+@every_case
+@every_engine
+def test_complex_parameters_are_pairs_of_reals(case, engine):
+    real = torch.randn(3, 2, dtype=torch.float64, device=DEVICE).requires_grad_()
+    z = torch.view_as_complex(real.detach().clone()).requires_grad_()
+    a, b = case.build([real], lr=0.1, engine=engine), case.build([z], lr=0.1, engine=engine)
+    for t in range(3):
+        set_gradients([real], t)
+        z.grad = torch.view_as_complex(real.grad.clone())
+        a.step()
+        b.step()
+    close([torch.view_as_real(z.detach())], [real.detach()])
+
+
+@every_case
+@every_engine
+def test_maximize_climbs(case, engine):
+    up, down = tensors(), tensors()
+    climb, descend = case.build(up, lr=0.1, maximize=True, engine=engine), case.build(down, lr=0.1, engine=engine)
+    for t in range(3):
+        set_gradients(up, t)
+        set_gradients(down, t)
+        for p in down:
+            p.grad.neg_()
+        climb.step()
+        descend.step()
+    assert same(up, down)
+
+
+@every_case
+@every_engine
+@pytest.mark.parametrize("maximize", [False, True])
+def test_gradients_are_never_modified(case, engine, maximize):
+    params = tensors()
+    optimizer = case.build(params, lr=0.1, maximize=maximize, engine=engine)
+    for t in range(3):
+        set_gradients(params, t)
+        before, ids = [p.grad.clone() for p in params], [id(p.grad) for p in params]
+        optimizer.step()
+        assert same(before, [p.grad for p in params]) and ids == [id(p.grad) for p in params]
+
+
+@every_case
+@every_engine
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_tensor_learning_rate_is_the_same_number_and_stays_it(case, engine, shape):
+    lr = torch.full(shape, 0.1, dtype=torch.float64, device=DEVICE)
+    a, b = tensors(), tensors()
+    close(
+        steps(case.build(a, lr=lr, engine=engine), a, range(5)),
+        steps(case.build(b, lr=0.1, engine=engine), b, range(5)),
+    )
+    assert not same(a, tensors()) and lr.unique().item() == 0.1
+
+
+@every_case
+@every_engine
+def test_no_host_synchronisation(case, engine):
+    class NoItem(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default, "a step read a value back to the host"
+            return function(*args, **(kwargs or {}))
+
+    params = tensors()
+    optimizer = case.build(params, lr=torch.tensor(0.1), engine=engine)
+    steps(optimizer, params, range(1))
+    set_gradients(params, 1)
+    with NoItem():
+        optimizer.step()
+
+
+@every_case
+def test_closure_has_gradients_and_its_loss_is_returned(case):
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = case.build([x], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = x.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure).item() == 3.0
+    assert x.square().sum() < 3.0
+
+
+@every_case
+def test_frozen_missing_and_zero_gradients(case):
+    frozen, missing, zero, live = (torch.ones(2, dtype=torch.float64, requires_grad=k > 0) for k in range(4))
+    optimizer = case.build([frozen, missing, zero, live], lr=0.1)
+    optimizer.step()
+    zero.grad, live.grad = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    optimizer.step()
+    one = torch.ones(2, dtype=torch.float64)
+    assert same([frozen, missing, zero], [one] * 3) and not torch.equal(live, one)
+
+
+@every_case
+def test_groups_have_their_own_learning_rate_and_inherit_the_rest(case):
+    a, b = tensors(shapes=[(3,)]), tensors(shapes=[(3,)])
+    optimizer = case.build([{"params": a, "lr": 0.0}], lr=0.1, maximize=True)
+    optimizer.add_param_group({"params": b})
+    assert [g["lr"] for g in optimizer.param_groups] == [0.0, 0.1] and all(
+        g["maximize"] for g in optimizer.param_groups
+    )
+    steps(optimizer, a + b, range(2))
+    assert same(a, tensors(shapes=[(3,)])) and not same(b, tensors(shapes=[(3,)]))
+
+
+@every_case
+def test_bad_group_changes_nothing(case):
+    params = tensors(shapes=[(3,), (2,)])
+    optimizer = case.build(params[:1], lr=0.1)
+    before = copy.deepcopy(optimizer.state_dict())
+    for group in ({"params": params[1:], "lr": -1.0}, {"params": params[1:], "engine": "warp"}):
+        with pytest.raises(ValueError, match="lr=-1.0 .* pass|engine='warp' .* use"):
+            optimizer.add_param_group(group)
+    assert optimizer.state_dict() == before
+
+
+@every_case
+def test_named_parameters(case):
+    model = torch.nn.Linear(2, 2).to(DEVICE)
+    optimizer = case.build(model.named_parameters(), lr=0.1)
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    steps(optimizer, list(model.parameters()), range(2))
+    case.build(model.named_parameters(), lr=0.1).load_state_dict(optimizer.state_dict())
+
+
+@every_case
+@every_engine
+def test_stop_save_load_go_on_is_the_run_that_never_stopped(case, engine):
+    whole = tensors()
+    expected = steps(case.build(whole, lr=0.1, engine=engine), whole, range(6))
+    params = tensors()
+    optimizer = case.build(params, lr=0.1, engine=engine)
+    steps(optimizer, params, range(3))
+    file = io.BytesIO()
+    torch.save({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    fresh = [p.requires_grad_() for p in saved["params"]]
+    resumed = case.build(fresh, lr=0.7, engine=engine)
+    resumed.load_state_dict(saved["optimizer"])
+    assert same(steps(resumed, fresh, range(3, 6)), expected)
+
+
+@every_case
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_deepcopy_and_pickle_go_on_as_the_original(case, duplicate):
+    params = tensors()
+    optimizer = case.build(params, lr=0.1)
+    optimizer.note = "kept"
+    steps(optimizer, params, range(3))
+    params_too, twin = duplicate((params, optimizer))
+    assert twin.note == "kept" and twin.defaults == optimizer.defaults
+    assert same(steps(optimizer, params, range(3, 6)), steps(twin, params_too, range(3, 6)))
+
+
+@every_case
+def test_torch_checkpoint_loads(case):
+    theirs, ours = tensors(), tensors()
+    peer = case.peer(theirs, lr=0.1)
+    steps(peer, theirs, range(3))
+    with torch.no_grad():
+        for p, q in zip(ours, theirs, strict=True):
+            p.copy_(q)
+    optimizer = case.build(ours, lr=0.9)
+    optimizer.load_state_dict(peer.state_dict())
+    close(steps(optimizer, ours, range(3, 6)), steps(peer, theirs, range(3, 6)))
+
+
+@every_case
+def test_checkpoint_without_the_newer_keys_loads(case):
+    params = tensors()
+    optimizer = case.build(params, lr=0.1)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["engine"], group["maximize"]
+    optimizer.load_state_dict(state)
+    steps(optimizer, params, range(1))
+    assert optimizer.param_groups[0]["engine"] == "auto" and not optimizer.param_groups[0]["maximize"]
+
+
+@every_case
+def test_hooks_run(case):
+    params, calls = tensors(), []
+    optimizer = case.build(params, lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.register_state_dict_post_hook(lambda *_: calls.append("state"))
+    steps(optimizer, params, range(1))
+    optimizer.state_dict()
+    assert calls == ["pre", "post", "state"]
+
+
+SCHEDULERS = {
+    "LambdaLR": dict(lr_lambda=lambda t: 0.5**t),
+    "MultiplicativeLR": dict(lr_lambda=lambda t: 0.5),
+    "StepLR": dict(step_size=1, gamma=0.5),
+    "MultiStepLR": dict(milestones=[1, 2], gamma=0.5),
+    "ConstantLR": dict(),
+    "LinearLR": dict(),
+    "ExponentialLR": dict(gamma=0.5),
+    "CosineAnnealingLR": dict(T_max=3),
+    "CosineAnnealingWarmRestarts": dict(T_0=2),
+    "PolynomialLR": dict(total_iters=3),
+    "CyclicLR": dict(base_lr=0.01, max_lr=0.1, cycle_momentum=False),
+    "OneCycleLR": dict(max_lr=0.1, total_steps=9, cycle_momentum=False),
+}
+
+
+@every_case
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_every_scheduler_drives_it_as_it_drives_torch(case, name, tensor_lr):
+    def run(build):
+        params = tensors()
+        optimizer = build(params, lr=torch.tensor(0.1, dtype=torch.float64) if tensor_lr else 0.1)
+        scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **SCHEDULERS[name])
+        for t in range(4):
+            steps(optimizer, params, [t])
+            scheduler.step()
+        return params
+
+    close(run(case.build), run(case.peer))
+
+
+@every_case
+def test_reduce_on_plateau(case):
+    optimizer = case.build(tensors(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    for loss in (1.0, 1.0, 1.0):
+        scheduler.step(loss)
+    assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+@every_case
+def test_gradient_scaler_unscales_and_skips_an_overflow(case):
+    x = torch.ones(3, device=DEVICE, requires_grad=True)
+    y = torch.ones(3, device=DEVICE, requires_grad=True)
+    scaled, plain = case.build([x], lr=0.1), case.build([y], lr=0.1)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=8.0)
+    for factor in (1.0, float("inf"), 1.0):
+        scaled.zero_grad()
+        plain.zero_grad()
+        scaler.scale(x.square().sum() * factor).backward()
+        scaler.step(scaled)
+        scaler.update()
+        if factor == 1.0:
+            y.square().sum().backward()
+            plain.step()
+    close([x.detach()], [y.detach()], 1e-6)
+
+
+@every_case
+def test_sparse_gradient_is_refused_before_anything_changes(case):
+    params = tensors(shapes=[(3,), (4, 2)])
+    optimizer = case.build(params, lr=0.1)
+    set_gradients(params, 0)
+    params[1].grad = params[1].grad.to_sparse()
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=r"layout torch.sparse_coo .* shape \(4, 2\); use a dense gradient"):
+        optimizer.step()
+    assert same(before, params) and not optimizer.state
+
+
+@every_case
+def test_bad_arguments_are_refused_by_name_with_a_remedy(case):
+    for arguments in case.refused:
+        (name, value), *_ = arguments.items()
+        with pytest.raises((ValueError, TypeError), match=rf"{name}={value!r} .*pass a number in "):
+            case.build(tensors(), **arguments)
+    with pytest.raises(ValueError, match=r"lr has shape \(2,\); pass a number"):
+        case.build(tensors(), lr=torch.ones(2))
+    for word in ("foreach", "fused", "capturable", "differentiable"):
+        with pytest.raises(TypeError, match=rf"no {word}=True; use engine="):
+            case.build(tensors(), **{word: True})
+    with pytest.raises(ValueError, match="engine='warp' is unknown; use one of 'auto', 'loop'"):
+        case.build(tensors(), engine="warp")
+    with pytest.raises(ValueError, match="empty parameter list"):
+        case.build([])
