@@ -27,6 +27,13 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("tangle", help="write the package from the chapters")
     verb.add_argument("--force", action="store_true", help="overwrite package files that were edited by hand")
     verb.set_defaults(run=_tangle)
+
+    verb = verbs.add_parser("weave", help="write and execute the notebooks (tangles first)")
+    verb.add_argument("chapters", nargs="*", metavar="CHAPTER", help="01, 01_steepest_descent or its file")
+    verb.add_argument("--all", action="store_true", dest="everything", help="execute also what is not stale")
+    verb.add_argument("--jobs", type=int, default=0, metavar="N", help="chapters at a time (default: number of cores)")
+    verb.add_argument("--force", action="store_true", help="overwrite generated files that were edited by hand")
+    verb.set_defaults(run=_weave)
     return parser
 
 
@@ -40,6 +47,21 @@ def _tangle(options: argparse.Namespace) -> int:
     if not changed:
         print("the package is up to date")
     return 0
+
+
+def _weave(options: argparse.Namespace) -> int:
+    from literate.tangle import tangle
+    from literate.weave import select, summary, weave
+
+    book = Book.load()
+    chapters = select(book, options.chapters)
+    tangle(book, force=options.force)
+    results = weave(book, chapters, everything=options.everything, jobs=options.jobs, force=options.force)
+    print(summary(results))
+    failures = [result.failure for result in results if result.failure]
+    for failure in failures:
+        print(f"\n{failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -57,6 +57,14 @@ class Export:
     cell: int
     hash: str
 
+    def summary(self, name: str) -> str:
+        """The first line of a definition's docstring, as Markdown."""
+        for node in ast.walk(ast.parse(self.code)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+                line = (ast.get_docstring(node) or "").partition("\n")[0]
+                return re.sub(r":math:`([^`]*)`", r"$\1$", line).replace("|", r"\|")
+        return ""
+
 
 @dataclass(frozen=True)
 class Label:
@@ -85,6 +93,7 @@ class Chapter:
     exports: list[Export] = field(default_factory=list)
     labels: dict[str, Label] = field(default_factory=dict)
     terms: set[str] = field(default_factory=set)
+    numbers: dict[int, str] = field(default_factory=dict)  # of what starts at a line, labelled or not
 
     @property
     def docname(self) -> str:
@@ -151,11 +160,18 @@ class Book:
         return f"https://{owner}.github.io/{name}/"
 
     @cached_property
-    def version(self) -> str:
+    def project(self) -> dict[str, Any]:
+        """The [project] table of `pyproject.toml`."""
         try:
-            return tomllib.loads((self.root / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+            return tomllib.loads((self.root / "pyproject.toml").read_text("utf-8"))["project"]
         except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
-            raise SourceError("pyproject.toml", 1, f"no version ({error}); give `version` under [project]") from None
+            raise SourceError("pyproject.toml", 1, f"cannot be used ({error}); give a [project] table") from None
+
+    @property
+    def version(self) -> str:
+        if "version" not in self.project:
+            raise SourceError("pyproject.toml", 1, "no version; give `version` under [project]")
+        return self.project["version"]
 
     @cached_property
     def terms(self) -> set[str]:
@@ -183,6 +199,12 @@ def strip_directives(source: str) -> str:
     """A cell as readers see it: without its `#| …` line."""
     first, _, rest = source.partition("\n")
     return rest.lstrip("\n") if first.startswith("#|") else source
+
+
+def shown(cell: Cell) -> tuple[str, int]:
+    """A code cell as readers see it, and the line of the file that holds its first line."""
+    source = strip_directives(cell.source)
+    return source, cell.line + cell.source.count("\n") - source.count("\n")
 
 
 def read_chapter(path: str | Path) -> Chapter:
@@ -256,9 +278,8 @@ class _Labels:
                 self.markdown(source, line)
             elif figure := metadata.get("mystnb", {}).get("figure"):
                 caption = str(figure.get("caption", ""))
-                number = self.count("Figure") if caption else ""
-                if name := figure.get("name"):
-                    self.add(name, "fig", number, caption, line, "Figure")
+                if caption:
+                    self.numbered(figure.get("name"), "fig", "Figure", caption, line)
             self.chapter.cells.append(Cell(kind, source, line, metadata, self.section))
 
     def count(self, noun: str) -> str:
@@ -300,7 +321,7 @@ class _Labels:
         path = [] if chapter is None else [chapter, *self.headings[1:level]]
         number = ".".join(map(str, path))
         for name, line in targets:
-            self.add(name, "sec", number, title, line, "Chapter" if level == 1 else "Section")
+            self.add(name, "sec", number, title, line, "Section")
         if targets or level < 3:
             self.section = targets[-1][0] if targets else None
 
@@ -326,7 +347,7 @@ class _Labels:
             self.markdown(found.body, found.body_line, nested=True)
 
     def numbered(self, label: str | None, kind: str, noun: str, title: str, line: int) -> None:
-        number = self.count(noun)
+        number = self.chapter.numbers[line] = self.count(noun)
         if label:
             self.add(label, kind, number, title, line, noun)
 

@@ -78,7 +78,7 @@ def hand_edit(path: Path, wanted: str | None) -> int | None:
     for part in parts:
         if part.edited:
             return part.line
-    pristine = _join(text.partition("\n")[0], [(part.key, part.code) for part in parts])
+    pristine = _join(text.partition("\n# %% ")[0], [(part.key, part.code) for part in parts])
     pairs = zip(text.split("\n"), pristine.split("\n"), strict=False)
     return None if text == pristine else next((n for n, (a, b) in enumerate(pairs, 1) if a != b), 1)
 
@@ -91,8 +91,8 @@ def _join(banner: str, parts: list[tuple[str, str]]) -> str:
 
 def _banner(files: str) -> str:
     return (
-        f"{BANNER}{files} by `python -m literate tangle`; do not edit here: "
-        "edit the chapter, or edit and run `python -m literate untangle`."
+        f"{BANNER}{files} by `python -m literate tangle`.\n"
+        "# Do not edit here: edit the chapter, or edit and run `python -m literate untangle`."
     )
 
 
