@@ -7,7 +7,6 @@ exactly what nbval verified. Stored outputs that are stale fail the build before
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import json
 import re
@@ -28,12 +27,12 @@ from sphinx.environment.collectors.toctree import TocTreeCollector
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
 
-from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, strip_directives
+from literate.notebook import PUBLISHED, stored_outputs
+from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, shown
 
 ASSETS = Path(__file__).parent / "assets"
 API = "chapters/api"
 PLOTLY = "application/vnd.plotly.v1+json"
-REMEDY = "run `python -m literate weave`"
 CHECK = re.compile(r"✓ \((?P<label>[\w:-]+)\) (?P<text>.*)")
 # Plotly figures met while reading: name -> JSON. They become scripts of their own, fetched when the page needs them:
 # the page stays light, and a script (unlike a fetch) also loads from file://.
@@ -46,6 +45,18 @@ def book(root: str) -> Book:
     return Book.load(root)
 
 
+def refuse_stale(app: Any) -> None:
+    """Before anything is read: no page shows an output that its code no longer gives."""
+    this, found = book(str(app.srcdir)), []
+    for chapter in this.chapters:
+        try:
+            stored_outputs(this, chapter)
+        except SourceError as error:
+            found.append(str(error))
+    if found:
+        raise ExtensionError("\n".join(["stored outputs that are not current", *found]))
+
+
 # ---------------------------------------------------------------- a chapter, as a notebook for myst-nb
 
 
@@ -53,19 +64,20 @@ def read(text: str, root: str, stem: str) -> nbformat.NotebookNode:
     """The reader myst-nb calls for `chapters/{stem}.md`; `text` is that file, which the book has read already."""
     this = book(root)
     chapter = next(c for c in this.chapters if c.stem == stem)
-    outputs = stored_outputs(chapter)
+    outputs = stored_outputs(this, chapter)
     exports = {export.cell: export for export in chapter.exports}
     page: list[tuple[nbformat.NotebookNode, int]] = []
     for index, cell in enumerate(chapter.cells):
         if cell.kind != "code":
             page.append((new_markdown_cell(cell.source), cell.line))
             continue
-        stored = next(outputs)
         if index in exports:
             page.append((new_markdown_cell(badge(exports[index])), cell.line))
-        if source := strip_directives(cell.source):
-            shown = [o for n, output in enumerate(stored) for o in present(output, cell.metadata, f"{stem}-{index}-{n}")]
-            page.append((new_code_cell(source, metadata=cell.metadata, outputs=shown), cell.line))
+        if index in outputs:  # else a cell of directives alone
+            source, line = shown(cell)
+            names = ((output, f"{stem}-{index}-{n}") for n, output in enumerate(outputs[index]))
+            seen = [new for output, name in names for new in present(output, cell.metadata, name)]
+            page.append((new_code_cell(source, metadata=cell.metadata, outputs=seen), line))
     if chapter.exports:
         page.append((new_markdown_cell(added(chapter)), page[-1][1]))
     metadata = {k: v for k, v in chapter.metadata.items() if k != "jupytext"}
@@ -109,18 +121,9 @@ def badge(export: Export) -> str:
 
 def added(chapter: Chapter) -> str:
     """The section that closes a chapter: what it added to the package."""
-    rows = [f"| {{py:obj}}`{name} <{PACKAGE}.{e.module}.{name}>` | {summary(e.code, name)} |"
+    rows = [f"| {{py:obj}}`{name} <{PACKAGE}.{e.module}.{name}>` | {e.summary(name)} |"
             for e in chapter.exports for name in e.names]
     return "\n".join(["## What this chapter added to the package", "", "| Name | What it is |", "|---|---|", *rows])
-
-
-def summary(code: str, name: str) -> str:
-    """The first line of a definition's docstring, as Markdown."""
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
-            line = (ast.get_docstring(node) or "").partition("\n")[0]
-            return re.sub(r":math:`([^`]*)`", r"$\1$", line).replace("|", r"\|")
-    return ""
 
 
 # ---------------------------------------------------------------- numbers
@@ -151,23 +154,30 @@ def api_page(app: Any, docname: str, source: list[str]) -> None:
     """Append a section for each module to the API page."""
     if docname != API:
         return
-    for module, pairs in sorted(book(str(app.srcdir)).modules.items()):
+    for module, pairs in book(str(app.srcdir)).modules.items():
         chapters = " and ".join(dict.fromkeys(f"{{doc}}`/{chapter.docname}`" for chapter, _ in pairs))
         source[0] += (f"\n\n(api-{module})=\n## `{module}`\n\nFrom the chapter {chapters}.\n\n```{{eval-rst}}\n"
                       f".. automodule:: {PACKAGE}.{module}\n   :members:\n   :show-inheritance:\n```\n")
 
 
+def skip_member(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Show every public name of a module, constants too; of a class, autodoc's choice: what it documents itself."""
+    return False if what == "module" and name in book(str(app.srcdir)).public else None
+
+
 def link_back(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """End a docstring with the section that derives it and the equations nearest to its cell."""
     if what == "module":
-        lines.clear()  # the banner of a generated file; the page says it once
+        lines.clear()  # the page says it already
+    if what == "data" and lines and lines[0] in (type(obj).__doc__ or ""):
+        lines.clear()  # what `dict` says of itself
     module, _, public = name.removeprefix(f"{PACKAGE}.").partition(".")
     for chapter, export in book(str(app.srcdir)).modules.get(module, []):
         if public in export.names:
             label = chapter.labels[export.section]
             where = f"{label.noun} {label.number}, :ref:`{label.name}`".strip()
             equations = " and ".join(f":eq:`{e.name}`" for e in nearest(chapter, export, label))
-            lines += ["", ".. rst-class:: gd-derived", "", f"Derived in {where}" + (f": {equations}." if equations else "."), ""]
+            lines += ["", ".. container:: gd-derived", "", f"   Derived in {where}" + (f": {equations}." if equations else "."), ""]
 
 
 def nearest(chapter: Chapter, export: Export, section: Label) -> list[Label]:
@@ -189,12 +199,16 @@ def configure(app: Any, config: Any) -> None:
         f"{c.stem}.md": [f"{__name__}.read", {"root": str(app.srcdir), "stem": c.stem}, False] for c in this.chapters
     }
     config.html_static_path.append(str(ASSETS))
-    config.html_theme_options["extra_footer"] = footer(this)
-    config.html_theme_options["logo"] = {"text": config.html_title, "alt_text": f"{config.html_title}, home"}
+    config.html_theme_options |= {
+        "extra_footer": footer(this),
+        "logo": {"text": config.html_title, "alt_text": ""},  # the text beside it says it
+        "search_bar_text": "Search the book",
+        "show_toc_level": 2,
+    }
 
 
 def footer(this: Book) -> str:
-    commit, dirty = git(this.root, "rev-parse", "--short=10", "HEAD"), git(this.root, "status", "--porcelain")
+    commit, dirty = git(this.root, "rev-parse", "--short=10", "HEAD"), git(this.root, "status", "--porcelain", "-uno")
     at = f' · commit <a href="{this.repository}/commit/{commit}">{commit}</a>' if commit else ""
     changes = " with uncommitted changes" if commit and dirty else ""
     blob = f"{this.repository}/blob/{this.config['repository']['branch']}"
@@ -216,7 +230,7 @@ def adjust_page(app: Any, pagename: str, templatename: str, context: dict[str, A
         for button in group.get("buttons", []):
             if button.get("text") == "Colab":
                 branch = book(str(app.srcdir)).config["repository"]["branch"]
-                button["url"] = button["url"].replace(f"/blob/{branch}/", "/blob/colab/")
+                button["url"] = button["url"].replace(f"/blob/{branch}/", f"/blob/{PUBLISHED}/")
 
 
 def finish(app: Any, error: Exception | None) -> None:
@@ -247,8 +261,11 @@ def package_folder(name: str) -> Path:
 
 
 def setup(app: Any) -> dict[str, Any]:
+    app.add_config_value("comments_config", {}, "env")  # Jupyter Book sets it for an extension that we do not load
     app.connect("config-inited", configure, priority=900)
+    app.connect("builder-inited", refuse_stale)
     app.connect("source-read", api_page)
+    app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-docstring", link_back, priority=900)  # after napoleon
     app.connect("env-get-updated", number_chapters, priority=900)
     app.connect("html-page-context", adjust_page, priority=900)
@@ -256,3 +273,63 @@ def setup(app: Any) -> dict[str, Any]:
     app.add_css_file("site.css", priority=900)
     app.add_js_file("site.js", loading_method="defer")
     return {"parallel_read_safe": False, "parallel_write_safe": False}
+
+
+# ---------------------------------------------------------------- python -m literate.site
+
+
+class Tee:
+    """Passes on what is written, and keeps it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.kept = stream, []
+
+    def write(self, text: str) -> int:
+        self.kept.append(text)
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def build(root: Path, out: Path) -> int:
+    """Build the site afresh beside `out`, and put it there when there was no warning."""
+    from jupyter_book.sphinx import build_sphinx
+
+    start = time.perf_counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".site-", dir=out.parent))
+    try:
+        with contextlib.redirect_stderr(Tee(sys.stderr)) as errors:
+            status = build_sphinx(
+                root, stage / "html", path_config=root / "_config.yml", noconfig=True, freshenv=True,
+                warningiserror=True, keep_going=True,
+                confoverrides={"external_toc_path": str(root / "_toc.yml"), "latex_individualpages": False},
+            )
+        if status != 0:
+            said = "".join(errors.kept).strip()
+            print(f"\nThe site was not built; {out} is as it was. What to mend:\n\n{said}", file=sys.stderr)
+            return 1
+        if out.exists():
+            out.rename(stage / "old")
+        (stage / "html").rename(out)
+    finally:
+        shutil.rmtree(stage)
+    print(f"\nBuilt in {time.perf_counter() - start:.0f} s: {out / 'index.html'}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m literate.site", description="Build the site; warnings are errors.")
+    parser.add_argument("--out", type=Path, help="where the site goes (default: _build/html)")
+    out = parser.parse_args().out
+    try:
+        root = Book.load().root
+    except SourceError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return build(root, (out or root / "_build/html").resolve())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
