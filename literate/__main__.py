@@ -34,6 +34,16 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--jobs", type=int, default=0, metavar="N", help="chapters at a time (default: number of cores)")
     verb.add_argument("--force", action="store_true", help="overwrite generated files that were edited by hand")
     verb.set_defaults(run=_weave)
+
+    verb = verbs.add_parser("untangle", help="carry edits made in the package back into the chapters")
+    verb.set_defaults(run=_untangle)
+
+    verb = verbs.add_parser("check", help="find where chapters, package and notebooks disagree")
+    verb.set_defaults(run=_check)
+
+    verb = verbs.add_parser("locate", help="the chapter line behind a package line, or the reverse")
+    verb.add_argument("place", metavar="FILE:LINE")
+    verb.set_defaults(run=_locate)
     return parser
 
 
@@ -62,6 +72,34 @@ def _weave(options: argparse.Namespace) -> int:
     for failure in failures:
         print(f"\n{failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _untangle(options: argparse.Namespace) -> int:
+    from literate.untangle import untangle
+
+    edits = untangle(Book.load())
+    for edit in edits:
+        print(f"{edit.file}:{edit.line} -> {edit.chapter.file}:{edit.export.line}")
+    if not edits:
+        print("nothing to carry back")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from literate.check import check
+
+    findings = check(Book.load())
+    for finding in findings:
+        print(finding)
+    print(f"{len(findings)} to mend" if findings else "chapters, package and notebooks agree")
+    return 1 if findings else 0
+
+
+def _locate(options: argparse.Namespace) -> int:
+    from literate.locate import locate
+
+    print(locate(Book.load(), options.place))
+    return 0
 
 
 if __name__ == "__main__":

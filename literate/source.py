@@ -10,10 +10,11 @@ import keyword
 import re
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -25,6 +26,7 @@ __all__ = ["Book", "Cell", "Chapter", "Export", "Label", "SourceError", "read_ch
 
 PACKAGE = "guided_descent"
 CHAPTERS = "[0-9][0-9]_*.md"
+ODD_BREAK = re.compile("[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 # The directives whose body is MyST again, and may hold labels.
 CONTAINERS = {
     "admonition", "note", "tip", "hint", "warning", "important", "caution", "attention", "danger", "error",
@@ -116,13 +118,16 @@ class Book:
     modules: dict[str, list[tuple[Chapter, Export]]]
 
     @classmethod
-    def load(cls, root: str | Path = ".") -> Book:
-        """Read the book whose `_config.yml` is in `root` or the nearest folder above it."""
+    def load(cls, root: str | Path = ".", texts: Mapping[Path, str] = MappingProxyType({})) -> Book:
+        """Read the book whose `_config.yml` is in `root` or the nearest folder above it.
+
+        `texts` stand in for files: what the book would be with them.
+        """
         root = find_root(Path(root))
         config = read_yaml((root / "_config.yml").read_text("utf-8"), "_config.yml", 1)
         if not config.get("repository", {}).get("url"):
             raise SourceError("_config.yml", 1, "no repository url; add `repository: {url: …}`")
-        chapters = [read_chapter(path) for path in sorted(root.glob(f"chapters/{CHAPTERS}"))]
+        chapters = [read_chapter(path, texts.get(path)) for path in sorted(root.glob(f"chapters/{CHAPTERS}"))]
         known = {chapter.path for chapter in chapters}
         pages = [read_chapter(path) for path in sorted(root.glob("chapters/*.md")) if path not in known]
         book = cls(root, config, chapters, pages, {}, {})
@@ -207,16 +212,20 @@ def shown(cell: Cell) -> tuple[str, int]:
     return source, cell.line + cell.source.count("\n") - source.count("\n")
 
 
-def read_chapter(path: str | Path) -> Chapter:
-    """Read one `.md` file."""
+def read_chapter(path: str | Path, text: str | None = None) -> Chapter:
+    """Read one `.md` file; `text` stands in for what it holds."""
     path = Path(path)
     file = f"{path.parent.name}/{path.name}"
     number = re.match(r"(\d\d)_", path.name)
     chapter = Chapter(path, file, path.stem, int(number[1]) if number else None)
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes().decode("utf-8") if text is None else text
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(file, 1, f"cannot be read ({error}); save it as UTF-8 text") from None
+    if odd := ODD_BREAK.search(text):
+        raise SourceError(
+            file, text.count("\n", 0, odd.start()) + 1, "a line break other than \\n; save with Unix lines"
+        )
     chapter.metadata = _front_matter(text, file, required=number is not None)
     _Labels(chapter).read(_cells(text, file))
     if not chapter.title:

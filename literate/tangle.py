@@ -8,10 +8,11 @@ from pathlib import Path
 
 from literate.files import commit
 from literate.myst import SourceError
-from literate.source import PACKAGE, Book, Chapter, digest
+from literate.source import PACKAGE, Book, Chapter, Export, digest
 
 MARKER = re.compile(r"^# %% (.+) ([0-9a-f]{8})$", re.MULTILINE)
 BANNER = "# Generated from "
+HEAD = "head"
 # `book` needs what only the [book] extra installs.
 NOT_REEXPORTED = {"book"}
 
@@ -26,24 +27,35 @@ class Part:
     line: int
 
     @property
+    def end(self) -> int:
+        return self.line + self.code.count("\n")
+
+    @property
     def edited(self) -> bool:
         return digest(self.code) != self.hash
 
 
 def split(text: str) -> list[Part]:
-    """The marked parts of a package file; what stands before the first marker belongs to none."""
+    """The marked parts of a package file; the first is its head."""
     marks = list(MARKER.finditer(text))
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     parts = []
     for mark, end in zip(marks, ends, strict=True):
         body = text[mark.end() : end]
         start = mark.end() + len(body) - len(body.lstrip("\n"))
-        parts.append(Part(mark[1], mark[2], body.strip("\n"), text.count("\n", 0, start) + 1))
+        parts.append(Part(mark[1], mark[2], body.strip("\n").rstrip(), text.count("\n", 0, start) + 1))
     return parts
 
 
-def key(chapter: Chapter, section: str, ordinal: int) -> str:
-    return f"{chapter.stem} {section} {ordinal}"
+def intact(text: str) -> bool:
+    """Whether the head of a package file and all its markers are as tangle wrote them."""
+    banner, *_ = text.partition(f"# %% {HEAD} ")
+    head, *cells = split(text) or [Part("", "", "", 1)]
+    return head.key == HEAD and head.hash == _head_hash(banner, head.code, [(cell.key, cell.hash) for cell in cells])
+
+
+def key(chapter: Chapter, export: Export) -> str:
+    return f"{chapter.stem} {export.section} {export.ordinal}"
 
 
 def package(book: Book) -> dict[Path, str]:
@@ -72,27 +84,34 @@ def hand_edit(path: Path, wanted: str | None) -> int | None:
     text = path.read_text("utf-8")
     if text == wanted:
         return None
-    if not text.startswith(BANNER):
+    if not text.startswith(BANNER) or not intact(text):
         return 1
-    parts = split(text)
-    for part in parts:
-        if part.edited:
-            return part.line
-    pristine = _join(text.partition("\n# %% ")[0], [(part.key, part.code) for part in parts])
+    head, *cells = split(text)
+    for cell in cells:
+        if cell.edited:
+            return cell.line
+    pristine = _join(text.partition(f"# %% {HEAD} ")[0], head.code, [(cell.key, cell.code) for cell in cells])
     pairs = zip(text.split("\n"), pristine.split("\n"), strict=False)
     return None if text == pristine else next((n for n, (a, b) in enumerate(pairs, 1) if a != b), 1)
 
 
-def _join(banner: str, parts: list[tuple[str, str]]) -> str:
-    """A package file: banner, then each part under its marker."""
-    blocks = [f"# %% {name} {digest(code)}\n{code}\n" for name, code in parts]
-    return f"{banner}\n" + "\n\n".join(blocks)
+def _join(banner: str, head: str, cells: list[tuple[str, str]]) -> str:
+    """A package file: banner, head, then each cell under its marker."""
+    hashes = [(name, digest(code)) for name, code in cells]
+    blocks = [f"# %% {name} {value}\n{code}\n" for (name, value), (_, code) in zip(hashes, cells, strict=True)]
+    top = f"{banner}# %% {HEAD} {_head_hash(banner, head, hashes)}\n{head}\n"
+    return "\n\n".join([top, *blocks])
+
+
+def _head_hash(banner: str, head: str, cells: list[tuple[str, str]]) -> str:
+    """Covers all that stands outside the cells, so that a marker which goes missing is noticed."""
+    return digest("\n".join([banner, head, *(" ".join(cell) for cell in cells)]))
 
 
 def _banner(files: str) -> str:
     return (
         f"{BANNER}{files} by `python -m literate tangle`.\n"
-        "# Do not edit here: edit the chapter, or edit and run `python -m literate untangle`."
+        "# Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.\n"
     )
 
 
@@ -102,24 +121,17 @@ def _module(book: Book, name: str) -> str:
     titles = "; ".join(f"{chapter.number:02d}, {chapter.title}" for chapter in chapters)
     names = [name for _, export in pairs for name in export.names]
     head = f'"""Chapter{"s" * (len(chapters) > 1)} {titles}."""\n\n{_all(names)}'
-    cells = [(key(chapter, export.section, export.ordinal), export.code) for chapter, export in pairs]
-    text = _join(_banner(", ".join(chapter.file for chapter in chapters)), [("head", head), *cells])
+    cells = [(key(chapter, export), export.code) for chapter, export in pairs]
+    text = _join(_banner(", ".join(chapter.file for chapter in chapters)), head, cells)
     try:
         compile(text, name, "exec", dont_inherit=True)
     except SyntaxError as error:
-        chapter, line = locate_part(book, text, error.lineno or 1)
+        at = error.lineno or 1
+        part = next((n for n, part in enumerate(split(text)[1:]) if part.line <= at <= part.end), 0)
+        chapter, export = pairs[part]
+        line = export.line + at - split(text)[part + 1].line
         raise SourceError(chapter.file, line, f"syntax error in module {name}: {error.msg}; mend the cell") from None
     return text
-
-
-def locate_part(book: Book, text: str, line: int) -> tuple[Chapter, int]:
-    """The chapter and its line behind a line of a package file; LookupError when there is none."""
-    cells = {key(c, e.section, e.ordinal): (c, e) for pairs in book.modules.values() for c, e in pairs}
-    for part in split(text):
-        if part.line <= line <= part.line + part.code.count("\n") and part.key in cells:
-            chapter, export = cells[part.key]
-            return chapter, export.line + line - part.line
-    raise LookupError(line)
 
 
 def _init(book: Book) -> str:
@@ -132,7 +144,7 @@ def _init(book: Book) -> str:
             head += [f"from {PACKAGE}.{name} import (", *(f"    {n}," for n in names), ")"]
     public = [name for name, module in book.public.items() if module not in NOT_REEXPORTED]
     head += ["", f'__version__ = "{book.version}"', "", _all([*public, "__version__"])]
-    return _join(_banner("chapters/*.md"), [("head", "\n".join(head))])
+    return _join(_banner("chapters/*.md"), "\n".join(head), [])
 
 
 def _all(names: list[str]) -> str:
