@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
@@ -20,8 +21,9 @@ from tqdm import tqdm
 from literate import notebook
 from literate.depend import code_cells
 from literate.files import commit
+from literate.locate import locate
 from literate.myst import SourceError
-from literate.source import Book, Chapter, shown
+from literate.source import PACKAGE, Book, Chapter, shown
 
 SLOW = 60  # seconds
 CELL_TIMEOUT = 600  # seconds
@@ -79,15 +81,15 @@ def weave(
         if everything or notebook.stale(book, chapter, old) or notebook.edited(old):
             todo.append(chapter)
             continue
-        text = notebook.finish(pages[chapter.stem], notebook.outputs(old))
-        results[chapter.stem] = Woven(chapter, "rendered" if commit(book.root, {chapter.notebook: text}) else "current")
+        written = _write(book, chapter, notebook.finish(pages[chapter.stem], notebook.outputs(old)))
+        results[chapter.stem] = Woven(chapter, "rendered" if written else "current")
 
     def run(chapter: Chapter) -> Woven:
         page = pages[chapter.stem]
         start = time.perf_counter()
         try:
             outputs = execute(book, chapter, page, progress)
-            commit(book.root, {chapter.notebook: notebook.finish(page, outputs)})
+            _write(book, chapter, notebook.finish(page, outputs))
         except (CellFailure, SourceError) as error:
             return Woven(chapter, "failed", time.perf_counter() - start, str(error))
         return Woven(chapter, "executed", time.perf_counter() - start)
@@ -96,6 +98,10 @@ def weave(
     with Progress(total) as progress, ThreadPoolExecutor(max(1, min(jobs or os.cpu_count() or 1, len(todo)))) as pool:
         results |= {result.chapter.stem: result for result in pool.map(run, todo)}
     return [results[chapter.stem] for chapter in chapters]
+
+
+def _write(book: Book, chapter: Chapter, page: NotebookNode) -> bool:
+    return bool(commit(book.root, {chapter.notebook: nbformat.writes(page) + "\n"}))
 
 
 def execute(
@@ -120,12 +126,21 @@ def execute(
             except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
                 text = ANSI.sub("", getattr(error, "traceback", "") or str(error)).strip()
                 inside = re.findall(rf"Cell In\[{number}\], line (\d+)", text)
-                line = lines[number - 1] + (int(inside[-1]) - 1 if inside and number > 1 else 0)
-                last = text.splitlines()[-1] if text else type(error).__name__
-                raise CellFailure(
-                    f"{chapter.file}:{line}: cell {number} of {len(code)} failed: {last}\n{text}"
-                ) from None
+                place = f"{chapter.file}:{lines[number - 1] + (int(inside[-1]) - 1 if inside else 0)}"
+                if number == 1:
+                    place = _behind(book, text) or f"{chapter.file}:1"
+                last = text.splitlines()[-1]
+                raise CellFailure(f"{place}: cell {number} of {len(code)} failed: {last}\n{text}") from None
     return [cell.outputs for _, cell in code]
+
+
+def _behind(book: Book, traceback: str) -> str | None:
+    """The chapter line behind the innermost line of the package in a traceback: setup fails where the package does."""
+    places = re.findall(rf"{PACKAGE}/\w+\.py:\d+", traceback)
+    try:
+        return locate(book, places[-1]) if places else None
+    except SourceError:
+        return None
 
 
 def _environment(book: Book) -> dict[str, str]:
