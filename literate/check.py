@@ -43,12 +43,12 @@ def check(book: Book) -> list[Finding]:
     for chapter in book.chapters:
         findings += _text(book, chapter)
         findings += _code(book, chapter)
+        stored = None
         try:
             stored = notebook.read(chapter)
             findings += _notebook(book, chapter, stored)
         except SourceError as error:
             findings.append(Finding(error.file, error.line, error.message))
-            continue
         if stored is None:
             checked |= chapter.labels.keys()  # nothing more to say about a chapter without a notebook
             continue
