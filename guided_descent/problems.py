@@ -1,6 +1,6 @@
 # Generated from chapters/01_steepest_descent.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head b330d044
+# %% head 64084f3a
 """Chapter 01, Steepest descent."""
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 
-# %% 01_steepest_descent sec-one-rule 1 4a708364
+# %% 01_steepest_descent sec-one-rule 1 240d51e1
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -31,8 +31,7 @@ from guided_descent.core import Optimizer, Options, check_range
 
 
 class GradientDescent(Optimizer):
-    """Gradient descent, ``x ← x − lr · g``: the plainest optimizer, without
-    memory.
+    """Gradient descent, ``x ← x − lr · g``.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
@@ -313,14 +312,16 @@ def _check_metric(P: Tensor, g: Tensor) -> Tensor:
     return factor
 
 
-# %% 01_steepest_descent sec-line-search 1 f123f1f4
+# %% 01_steepest_descent sec-line-search 1 ff819561
 @torch.no_grad()
 def backtracking(
     loss: Callable[[Tensor], Tensor], x: Tensor, d: Tensor, g: Tensor,
     *, lr: float = 1.0, c: float = 1e-4, shrink: float = 0.5, limit: int = 100,
 ) -> float:  # fmt: skip
-    """The first of ``lr, shrink·lr, shrink²·lr, …`` with ``loss(x + t d) ≤
-    loss(x) + c t ⟨g, d⟩``.
+    """Line search: the first step that lowers the loss enough.
+
+    Returns the first t of ``lr, shrink·lr, shrink²·lr, …`` that satisfies
+    ``loss(x + t d) ≤ loss(x) + c t ⟨g, d⟩``.
 
     Differences below the round-off of ``loss(x)`` count as equal, so the search
     also ends at a minimum. A loss that is not a number is refused like one that
@@ -370,11 +371,11 @@ def backtracking(
     )
 
 
-# %% 01_steepest_descent sec-beyond-quadratics 1 26a249fd
+# %% 01_steepest_descent sec-beyond-quadratics 1 5ca96701
 class Rosenbrock(Problem):
-    """Rosenbrock's curved valley, ``Σ_i steepness·(x_{i+1} − x_i²)² + (1 −
-    x_i)²``.
+    """Rosenbrock's curved valley.
 
+    The loss is ``Σ_i steepness·(x_{i+1} − x_i²)² + (1 − x_i)²``.
     The global minimum is 0, at (1, …, 1). From four dimensions on there is a
     second, local minimum near (−1, 1, …, 1).
 
@@ -409,10 +410,11 @@ class Rosenbrock(Problem):
         return (self.steepness * across**2 + along**2).sum(-1)
 
 
-# %% 01_steepest_descent sec-digits 1 d08ac101
+# %% 01_steepest_descent sec-digits 1 128e8308
 class LogisticRegression(Problem):
-    """Softmax regression: mean cross-entropy plus ``l2/2 · ‖W‖²``, with a
-    unique, exactly computed optimum.
+    """Softmax regression with a unique, exactly computed optimum.
+
+    The loss is the mean cross-entropy plus ``l2/2 · ‖W‖²``.
 
     Args:
         X: Inputs, ``(n, d)``; they set dtype and device.
