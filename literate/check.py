@@ -15,7 +15,7 @@ from literate.depend import MAGIC, code_cells, syntax
 from literate.myst import SourceError, directive, parse
 from literate.plain import Plain, figure_caption
 from literate.source import PACKAGE, Book, Cell, Chapter
-from literate.tangle import BANNER, hand_edit, package
+from literate.tangle import BANNER, first_difference, hand_edit, package
 
 CHECKED = re.compile(r"✓ \(([\w-]+)\)")
 IMAGES = ("image/png", "image/jpeg", "image/svg+xml")
@@ -78,9 +78,7 @@ def _package(book: Book) -> Iterator[Finding]:
         elif path not in wanted:
             yield Finding(name, 1, "no chapter exports to this module any more; run `python -m literate tangle`")
         elif (text := path.read_text("utf-8")) != wanted[path]:
-            pairs = zip(text.split("\n"), wanted[path].split("\n"), strict=False)
-            line = next((n for n, (a, b) in enumerate(pairs, 1) if a != b), 1)
-            yield Finding(name, line, "older than the chapters; run `python -m literate tangle`")
+            yield Finding(name, first_difference(text, wanted[path]), "older than the chapters; run `python -m literate tangle`")
 
 
 def _contents(book: Book) -> Iterator[Finding]:

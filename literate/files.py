@@ -45,7 +45,7 @@ def commit(root: Path, changes: dict[Path, str | None]) -> list[Path]:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _put(path: Path, data: bytes | None) -> None:

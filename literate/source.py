@@ -253,16 +253,17 @@ def _cells(text: str, file: str) -> Iterator[tuple[str, str, int, dict[str, Any]
     for token in tokens:
         if token.type == "fence" and token.level and token.info.startswith("{code-cell}"):
             raise SourceError(file, token.map[0] + 1, "a code cell inside a list or quote; move it out")
+    lines = text.split("\n")
     try:
         notebook = myst_to_notebook(text, add_source_map=True)
     except (MystMetadataParsingError, yaml.YAMLError) as error:
         at = re.search(r"at line (\d+)", str(error))
+        fence = int(at[1]) if at else 1
         cause = error.__context__ or error
         mark = getattr(cause, "problem_mark", None)
-        line = (int(at[1]) if at else 1) + (mark.line if mark else 0) + 1
+        line = fence + 1 + lines[fence].startswith("---") + (mark.line if mark else 0)
         problem = getattr(cause, "problem", None) or "cannot be read"
         raise SourceError(file, line, f"bad YAML in a cell's options: {problem}; mend the block") from None
-    lines = text.splitlines()
     for cell, start in zip(notebook.cells, notebook.metadata["source_map"], strict=True):
         if cell.cell_type == "code":
             line = next(fences).map[1] - len(cell.source.splitlines())

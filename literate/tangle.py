@@ -91,8 +91,13 @@ def hand_edit(path: Path, wanted: str | None) -> int | None:
         if cell.edited:
             return cell.line
     pristine = _join(text.partition(f"# %% {HEAD} ")[0], head.code, [(cell.key, cell.code) for cell in cells])
-    pairs = zip(text.split("\n"), pristine.split("\n"), strict=False)
-    return None if text == pristine else next((n for n, (a, b) in enumerate(pairs, 1) if a != b), 1)
+    return None if text == pristine else first_difference(text, pristine)
+
+
+def first_difference(text: str, other: str) -> int:
+    """The first line of `text` that is not so in `other`."""
+    lines, others = text.split("\n"), other.split("\n")
+    return next((n for n, (a, b) in enumerate(zip(lines, others, strict=False), 1) if a != b), len(others))
 
 
 def _join(banner: str, head: str, cells: list[tuple[str, str]]) -> str:
