@@ -1,5 +1,6 @@
-# Generated from chapters/23_machinery.md by `python -m literate tangle`; do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 96b35df4
+# Generated from chapters/23_machinery.md by `python -m literate tangle`.
+# Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
+# %% head e787261e
 """Chapter 23, The machinery."""
 
 __all__ = [
