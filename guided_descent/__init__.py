@@ -1,14 +1,18 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e1fd6e27
+# %% head 030c3a50
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.core import (
     ENGINES,
     RANGES,
+    Batch,
     Engine,
+    Names,
+    Nonfinite,
     Optimizer,
     Options,
+    check_choice,
     check_range,
 )
 from guided_descent.problems import (
@@ -30,9 +34,12 @@ __version__ = "0.1.0"
 __all__ = [
     "ENGINES",
     "RANGES",
+    "Batch",
     "Engine",
     "GradientDescent",
     "LogisticRegression",
+    "Names",
+    "Nonfinite",
     "Optimizer",
     "Options",
     "Problem",
@@ -40,6 +47,7 @@ __all__ = [
     "Rosenbrock",
     "__version__",
     "backtracking",
+    "check_choice",
     "check_range",
     "digits",
     "random_rotation",

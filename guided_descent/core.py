@@ -1,27 +1,32 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e0332545
+# %% head 1653389e
 """Chapter 23, The machinery."""
 
 __all__ = [
     "ENGINES",
     "RANGES",
+    "Batch",
     "Engine",
+    "Names",
+    "Nonfinite",
     "Optimizer",
     "Options",
+    "check_choice",
     "check_range",
 ]
 
 
-# %% 23_machinery sec-optimizer 1 cdbb7aac
-from collections.abc import Callable
-from types import SimpleNamespace
+# %% 23_machinery sec-optimizer 1 4afe6464
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-Engine = Literal["auto", "loop"]
+Engine = Literal["auto", "loop", "foreach", "fused", "compile"]
+Nonfinite = Literal["propagate", "skip", "raise"]
 
 
 class Options(TypedDict, total=False):
@@ -29,15 +34,32 @@ class Options(TypedDict, total=False):
 
     Attributes:
         maximize: Climb instead of descend. Default ``False``.
-        engine: What runs the rule. ``"loop"`` calls it once for each tensor; ``"auto"`` (the default) picks the
-            fastest engine that is valid for the parameters at hand, and never compiles.
+        engine: What runs the rule. ``"loop"``: one tensor after another. ``"foreach"``: lists of tensors through
+            ``torch._foreach_*``, or same-shape matrices stacked. ``"fused"``: torch's own kernel, where it has one
+            for exactly this rule. ``"compile"``: one graph over all tensors, compiled at the first step.
+            ``"auto"`` (the default): the fastest that is valid for the parameters at hand; it never compiles.
+        nonfinite: What to do about a gradient with an infinity or a NaN in it. ``"propagate"`` (the default of
+            elementwise rules): nothing, as torch does. ``"skip"``: leave parameters, state and step count as they
+            are, decided on the device without a host synchronisation and counted in ``skipped_steps``.
+            ``"raise"``: a ``FloatingPointError`` before anything changes; this reads one number back to the host.
+        state_dtype: Data type of the state. ``None`` (the default) means the parameter's, as in torch.
     """
 
     maximize: bool
     engine: Engine
+    nonfinite: Nonfinite
+    state_dtype: torch.dtype | None
 
 
-# %% 23_machinery sec-ranges 1 1596db3c
+class Names:
+    """Values by attribute, such as ``h.lr``. (``types.SimpleNamespace`` cannot be traced by ``torch.compile``.)"""
+
+    def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+# %% 23_machinery sec-ranges 1 d9e2224f
 RANGES = {
     "lr": "[0, inf)",
     "momentum": "[0, 1)",
@@ -71,13 +93,82 @@ def check_range(name: str, value: float | Tensor, interval: str) -> None:
         raise ValueError(f"{name}={float(value)} is outside its range; pass a number in {interval}")
 
 
-# %% 23_machinery sec-base-class 1 ba63b79e
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Refuse a value that is not one of the choices.
+
+    Raises:
+        ValueError: It is none of them; the message lists them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}")
+
+
+# %% 23_machinery sec-batch 1 916e3bc5
+class Batch:
+    """Many tensors that answer to the methods of one: each method is one ``torch._foreach_*`` call.
+
+    Numbers may be Python floats or one-element tensors. In-place methods return the batch, as a tensor's do.
+
+    Args:
+        tensors: The tensors; changed in place by in-place methods.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+    def __getattr__(self, name: str) -> Callable[..., "Batch"]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args: self._call(name, *args)
+
+    def _call(self, name: str, *args: Any) -> "Batch":
+        lists = (x.tensors if isinstance(x, Batch) else x for x in args)
+        result = getattr(torch, f"_foreach_{name}")(self.tensors, *lists)
+        return self if name.endswith("_") else Batch(result)
+
+    def add_(self, x: Any, alpha: Any = 1) -> "Batch":
+        if isinstance(alpha, Tensor) or not isinstance(x, Batch):
+            return self._call("add_", x * alpha)
+        torch._foreach_add_(self.tensors, x.tensors, alpha=alpha)
+        return self
+
+    def addcmul_(self, a: "Batch", b: "Batch", value: Any = 1) -> "Batch":
+        return self.add_(a * b, value) if isinstance(value, Tensor) else self._call("addcmul_", a, b, value)
+
+    def addcdiv_(self, a: "Batch", b: "Batch", value: Any = 1) -> "Batch":
+        return self.add_(a / b, value) if isinstance(value, Tensor) else self._call("addcdiv_", a, b, value)
+
+    def lerp_(self, x: "Batch", weight: Any) -> "Batch":
+        return self.add_(x - self, weight) if isinstance(weight, Tensor) else self._call("lerp_", x, weight)
+
+    def square(self) -> "Batch":
+        return self * self
+
+    def __neg__(self) -> "Batch":
+        return self._call("neg")
+
+    def __add__(self, x: Any) -> "Batch":
+        return self._call("add", x)
+
+    def __sub__(self, x: Any) -> "Batch":
+        return self._call("sub", x)
+
+    def __mul__(self, x: Any) -> "Batch":
+        return self._call("mul", x)
+
+    def __truediv__(self, x: Any) -> "Batch":
+        return self._call("div", x)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+# %% 23_machinery sec-base-class 1 91a69c32
 class Optimizer(torch.optim.Optimizer):
     """The base of every optimizer here: it runs a subclass's ``rule`` over all parameters.
 
     A subclass has an ``__init__`` that passes its defaults on, a static ``rule(p, g, s, h)`` that changes the
-    parameter ``p`` and its state ``s`` in place from the gradient ``g`` and the hyperparameters ``h``, and, when it
-    remembers something, ``init_state``.
+    parameter ``p`` and its state ``s`` in place from the gradient ``g`` and what the group shares, ``h``; and, where
+    it needs them, ``init_state``, ``clock`` and ``fused``.
 
     Args:
         params: Tensors, named tensors, or groups of them, as in ``torch.optim``.
@@ -91,35 +182,57 @@ class Optimizer(torch.optim.Optimizer):
     Source: appendix "The machinery".
     """
 
-    rule: Callable[[Tensor, Tensor, SimpleNamespace, SimpleNamespace], None]
+    rule: Callable[[Any, Any, Names, Names], None]
+    #: torch's own kernel for exactly this rule, called as ``fused(p, g, s, h)`` with lists, if there is one.
+    fused: Callable[[list[Tensor], list[Tensor], Names, Names], None] | None = None
+    #: Whether the rule treats every number alone. If not, ``foreach`` stacks tensors of one shape: the rule then finds
+    #: a leading batch dimension, and the shape of a single tensor in ``h.shape``.
+    elementwise = True
+    #: State that is one number, shared by tensors with the same history. The rule finds its value in ``h``.
+    clocks: tuple[str, ...] = ()
+    #: Ranges of hyperparameters that only this method has.
+    ranges: dict[str, str] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Optimizer":
         """Refuse the keywords of torch.optim that have another name here, whatever the subclass's signature."""
         for word in ("foreach", "fused", "capturable", "differentiable"):
             if word in kwargs:
-                raise TypeError(f"{cls.__name__} has no {word}={kwargs[word]!r}; use engine='auto' or 'loop'")
+                raise TypeError(f"{cls.__name__} has no {word}={kwargs[word]!r}; choose with engine=, see Options")
         return super().__new__(cls)
 
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
-        super().__init__(params, {**defaults, "maximize": False, "engine": "auto", **options})
+        common = {"maximize": False, "engine": "auto", "nonfinite": "propagate", "state_dtype": None}
+        if unknown := options.keys() - common:
+            raise TypeError(f"{type(self).__name__} has no {min(unknown)}=; use one of {', '.join(defaults | common)}")
+        self.skipped: Tensor | None = None
+        super().__init__(params, {**defaults, **common, **options})
 
-    def init_state(self, p: Tensor, h: SimpleNamespace) -> dict[str, Tensor]:
+    def init_state(self, p: Tensor, g: Tensor, h: Names) -> dict[str, Tensor]:
         """What the rule remembers of one tensor before its first step, by name. Nothing, unless a subclass says so."""
         return {}
 
+    @staticmethod
+    def clock(h: Names) -> None:
+        """Compute, once a step, the numbers that all tensors share, and put them into ``h``."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``nonfinite="skip"`` has skipped. Reading it waits for the device."""
+        return 0 if self.skipped is None else int(self.skipped)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
-        for name, value in {**self.defaults, **param_group}.items():
-            if name in RANGES:
-                for number in value if isinstance(value, tuple | list) else (value,):
-                    check_range(name, number, RANGES[name])
-        engine = param_group.get("engine", self.defaults["engine"])
-        if engine not in ENGINES:
-            raise ValueError(f"engine={engine!r} is unknown; use one of {', '.join(map(repr, ENGINES))}")
+        group = {**self.defaults, **param_group}
+        for name, interval in {**RANGES, **self.ranges}.items():
+            values = group.get(name, ())
+            for value in values if isinstance(values, tuple | list) else (values,):
+                check_range(name, value, interval)
+        check_choice("engine", group["engine"], ENGINES)
+        check_choice("nonfinite", group["nonfinite"], ("propagate", "skip", "raise"))
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes but torch's own private ones (hooks): a copy then is a whole copy."""
+        """All attributes but private ones (torch's hooks, a compiled graph): a copy then is a whole copy."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,6 +242,35 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoint, as in torch; clocks are handed out as a copy for each tensor."""
+        packed = super().state_dict()
+        for key, state in packed["state"].items():
+            packed["state"][key] = {n: v.clone() if n in self.clocks else v for n, v in state.items()}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer, or of the ``torch.optim`` class of the same algorithm.
+
+        Torch casts all state to the parameter's type; here clocks keep their own and ``state_dtype`` is honoured.
+        """
+        super().load_state_dict(state_dict)
+        clocks: dict[tuple[str, float], Tensor] = {}
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key, p in zip(saved["params"], group["params"], strict=True):
+                state = state_dict["state"].get(key, {})
+                if any(value is None for value in state.values()):  # torch's way to say "not begun"
+                    self.state.pop(p, None)
+                    continue
+                for name, value in state.items():
+                    if name in self.clocks:
+                        clock = torch.as_tensor(value).detach().cpu().clone()
+                        self.state[p][name] = clocks.setdefault((name, clock.item()), clock)
+                    elif isinstance(value, Tensor):
+                        like = p if value.shape == p.shape else value  # in the parameter's memory layout
+                        dtype = _state_dtype(p, group["state_dtype"])
+                        self.state[p][name] = torch.empty_like(like, dtype=dtype, device=p.device).copy_(value.detach())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -141,38 +283,214 @@ class Optimizer(torch.optim.Optimizer):
             What the closure returned, else ``None``.
 
         Raises:
-            ValueError: A sparse gradient. No parameter has been changed then.
+            ValueError: A sparse gradient, or parameters that ``engine="fused"`` cannot take. Nothing has changed then.
+            FloatingPointError: A gradient that is not finite, under ``nonfinite="raise"``. Nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [([p for p in group["params"] if p.grad is not None], group) for group in self.param_groups]
-        for params, _ in work:
-            for p in params:
-                if p.grad.layout is not torch.strided:
-                    raise ValueError(
-                        f"{type(self).__name__} got a gradient with layout {p.grad.layout} for a parameter of shape "
-                        f"{tuple(p.shape)}; use a dense gradient (nn.Embedding: sparse=False)"
-                    )
-        for params, group in work:
-            h = SimpleNamespace(**{name: value for name, value in group.items() if name != "params"})
-            if isinstance(h.lr, Tensor):
-                h.lr = h.lr.squeeze()
-            ENGINES[h.engine](self, params, h)
+        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        engines = [self._engine(group, params) for group, params in work]
+        finite = self._finite(work)
+        for (group, params), engine in zip(work, engines, strict=True):
+            keep = finite if group["nonfinite"] == "skip" else None
+            for p, states, h in self._buckets(group, params, engine):
+                now = {name: _clock_tensor(getattr(h, name), states[0][name], keep) for name in self.clocks}
+                g = [_as_real(x.grad) for x in p]
+                s = {name: [_as_real(state[name]) for state in states] for name in states[0] if name not in self.clocks}
+                ENGINES[engine](self, [_as_real(x) for x in p], g, s, h, keep)
+                for state in states:
+                    state.update(now)
         return loss
 
+    def _engine(self, group: dict[str, Any], params: list[Tensor]) -> str:
+        """The engine a group runs on, after refusing what it cannot do."""
+        for p in params:
+            if p.grad.layout is not torch.strided:
+                raise ValueError(
+                    f"{type(self).__name__} got a gradient with layout {p.grad.layout} for a parameter of shape "
+                    f"{tuple(p.shape)}; use a dense gradient (nn.Embedding: sparse=False)"
+                )
+        name = group["engine"]
+        if name not in ("auto", "fused"):
+            return name
+        why = "torch has no kernel for this rule" if self.fused is None else _unfusable(params, group["state_dtype"])
+        if name == "fused" and why:
+            raise ValueError(f"engine='fused' is not valid for {type(self).__name__}: {why}; use engine='auto'")
+        return "foreach" if why and params and all(p.is_cuda for p in params) else "loop" if why else "fused"
 
-# %% 23_machinery sec-engines 1 be9caef1
-def _loop(optimizer: Optimizer, params: list[Tensor], h: SimpleNamespace) -> None:
-    """Call the rule once for each tensor: the reference for every other engine."""
-    for p in params:
-        state = optimizer.state.get(p) or optimizer.init_state(p, h)
+    def _finite(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> Tensor | None:
+        """Whether all gradients that somebody asked about are finite, on the device; skips are counted."""
+        asked = [p for group, params in work if group["nonfinite"] != "propagate" for p in params if p.numel()]
+        if not asked:
+            return None
+        flags = torch.stack([p.grad.isfinite().all().to(asked[0].device) for p in asked])
+        if any(group["nonfinite"] == "raise" for group, _ in work) and not flags.all():
+            p = asked[int(flags.int().argmin())]
+            raise FloatingPointError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} is not finite and nonfinite='raise'; lower the "
+                "learning rate, clip gradients, or use nonfinite='skip'"
+            )
+        finite = flags.all()
+        self.skipped = (0 if self.skipped is None else self.skipped) + (~finite).long()
+        return finite
+
+    def _buckets(
+        self, group: dict[str, Any], params: list[Tensor], engine: str
+    ) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]], Names]]:
+        """Parameters that may share a call, their states, and what they share in ``h``, the clocks one step on."""
+        shared = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        if isinstance(shared["lr"], Tensor):
+            shared["lr"] = shared["lr"].squeeze()
+        begun: dict[str, Tensor] = {}
+        buckets: dict[tuple[Any, ...], list[tuple[Tensor, dict[str, Tensor]]]] = defaultdict(list)
+        for p in params:
+            state = self.state.get(p) or self._begin(p, Names(**shared), begun)
+            shape = () if self.elementwise else tuple(p.shape)
+            buckets[p.device, p.dtype, shape, *(id(state[name]) for name in self.clocks)].append((p, state))
+        for (device, _, shape, *_), items in buckets.items():
+            h = Names(**shared, shape=shape)
+            for name in self.clocks:
+                value = items[0][1][name]
+                # On the host reading it waits for nobody. What only the device knows stays there.
+                on_device = engine == "fused" or group["nonfinite"] == "skip"
+                setattr(h, name, _wide(value.to(device)) if on_device else value.item())
+            if "step" in self.clocks:
+                h.step = h.step + 1
+            self.clock(h)
+            yield [p for p, _ in items], [state for _, state in items], h
+
+    def _begin(self, p: Tensor, h: Names, begun: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of a tensor before its first step. Tensors that begin together share their clocks."""
+        state = self.init_state(p, -p.grad if h.maximize else p.grad, h)
+        for name, value in state.items():
+            shared = name in self.clocks
+            state[name] = begun.setdefault(name, value) if shared else value.to(_state_dtype(p, h.state_dtype))
         if state:
-            optimizer.state[p] = state
-        g = -p.grad if h.maximize else p.grad
-        real = {name: _as_real(value) for name, value in state.items()}
-        optimizer.rule(_as_real(p), _as_real(g), SimpleNamespace(**real), h)
+            self.state[p] = state
+        return state
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In double precision, where the device has it: powers of β₂ = 0.999 need the digits."""
+    return x if x.device.type == "mps" else x.double()
+
+
+def _clock_tensor(value: float | Tensor, before: Tensor, finite: Tensor | None) -> Tensor:
+    """A clock as it is stored after the step."""
+    if isinstance(value, Tensor):
+        before = before.to(value.device)
+        return value.to(before.dtype) if finite is None else torch.where(finite, value.to(before.dtype), before)
+    return torch.tensor(value, dtype=before.dtype)
+
+
+# %% 23_machinery sec-engines 1 a93726b7
+def _run(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None, call: Callable) -> None:
+    """Run a rule on one chunk of tensors: negate, convert, call, undo, convert back."""
+    if h.maximize:
+        g = torch._foreach_neg(g)
+    kept = [*p, *(x for values in s.values() for x in values)]
+    dtype = torch.promote_types(p[0].dtype, _state_dtype(p[0], h.state_dtype))
+    work = kept
+    if any(x.dtype != dtype for x in kept):
+        p, g, s = _cast(p, dtype), _cast(g, dtype), {name: _cast(values, dtype) for name, values in s.items()}
+        work = [*p, *(x for values in s.values() for x in values)]
+    old = [x.clone() for x in kept] if finite is not None else kept
+    call(optimizer, p, g, s, h)
+    for x, new, before in zip(kept, work, old, strict=True):
+        if finite is not None:
+            x.copy_(torch.where(finite, new, before))
+        elif new is not x:
+            x.copy_(new)
+
+
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x.to(dtype) for x in tensors]
+
+
+# %% 23_machinery sec-engines 2 8148764d
+def _loop(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None) -> None:
+    """The rule on one tensor after another: the reference for every other engine."""
+    numbers_on_device = any(isinstance(value, Tensor) for value in vars(h).values())
+    call = _call_batch if optimizer.elementwise and numbers_on_device else _call_single
+    for i in range(len(p)):
+        one = slice(i, i + 1)
+        _run(optimizer, p[one], g[one], {name: x[one] for name, x in s.items()}, h, finite, call)
+
+
+def _foreach(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None) -> None:
+    """The rule on chunks of tensors no larger together than the largest one."""
+    call = _call_batch if optimizer.elementwise else _call_stacked
+    for chunk in _chunks(p):
+        _run(optimizer, p[chunk], g[chunk], {name: x[chunk] for name, x in s.items()}, h, finite, call)
+
+
+def _compile(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None) -> None:
+    """The rule on every tensor, in one compiled graph."""
+    _run(optimizer, p, g, s, h, finite, _call_compiled)
+
+
+def _fused(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None) -> None:
+    """Torch's own kernel, which undoes by itself."""
+    h.found_inf = None if finite is None else (~finite).float()
+    optimizer.fused(p, g, Names(**s, step=[h.step.float()] * len(p) if "step" in optimizer.clocks else []), h)
+
+
+ENGINES: dict[str, Callable[..., None]] = {
+    "auto": _loop,  # resolved to one of the others before it is called
+    "loop": _loop,
+    "foreach": _foreach,
+    "fused": _fused,
+    "compile": _compile,
+}
+
+
+def _call_single(optimizer: Optimizer, p: list, g: list, s: dict, h: Names) -> None:
+    optimizer.rule(p[0], g[0], Names(**{name: x[0] for name, x in s.items()}), h)
+
+
+def _call_batch(optimizer: Optimizer, p: list, g: list, s: dict, h: Names) -> None:
+    optimizer.rule(Batch(p), Batch(g), Names(**{name: Batch(x) for name, x in s.items()}), h)
+
+
+def _call_stacked(optimizer: Optimizer, p: list, g: list, s: dict, h: Names) -> None:
+    """Stack tensors of one shape, run the rule once, and deal the results out again."""
+    stacked = torch.stack(p), {name: torch.stack(x) for name, x in s.items()}
+    optimizer.rule(stacked[0], torch.stack(g), Names(**stacked[1]), h)
+    for x, new in ((p, stacked[0]), *((s[name], stacked[1][name]) for name in s)):
+        torch._foreach_copy_(x, list(new.unbind()))
+
+
+def _call_compiled(optimizer: Optimizer, p: list, g: list, s: dict, h: Names) -> None:
+    """Numbers that change from step to step enter the graph as tensors; a Python number would be compiled in."""
+    changing, fixed = {}, {}
+    for name, value in vars(h).items():
+        changes = name == "lr" or name not in optimizer.defaults
+        if isinstance(value, Tensor) or changes and isinstance(value, float | int):
+            changing[name] = torch.as_tensor(value, dtype=torch.float64)
+        else:
+            fixed[name] = value
+    if "_graph" not in vars(optimizer):
+        optimizer._graph = torch.compile(_trace, dynamic=False, fullgraph=True)
+    optimizer._graph(type(optimizer).rule, p, g, s, changing, fixed)
+
+
+def _trace(rule: Callable, p: list, g: list, s: dict, changing: dict, fixed: dict) -> None:
+    h = Names(**changing, **fixed)
+    for i in range(len(p)):
+        rule(p[i], g[i], Names(**{name: x[i] for name, x in s.items()}), h)
+
+
+def _chunks(p: list[Tensor]) -> Iterator[slice]:
+    """Consecutive tensors, together no larger than the largest one."""
+    limit, start, size = max(x.numel() for x in p), 0, 0
+    for i, x in enumerate(p):
+        if size + x.numel() > limit:
+            yield slice(start, i)
+            start, size = i, 0
+        size += x.numel()
+    yield slice(start, len(p))
 
 
 def _as_real(x: Tensor) -> Tensor:
@@ -180,4 +498,26 @@ def _as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if torch.is_complex(x) else x
 
 
-ENGINES: dict[str, Callable[[Optimizer, list[Tensor], SimpleNamespace], None]] = {"auto": _loop, "loop": _loop}
+def _state_dtype(p: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type of a parameter's state: as asked, else its own (complex state stays complex)."""
+    if dtype is None or not p.is_complex():
+        return dtype or p.dtype
+    return dtype.to_complex()
+
+
+def _unfusable(params: list[Tensor], state_dtype: torch.dtype | None) -> str:
+    """Why torch's fused kernels cannot take these parameters, or nothing."""
+    for p in params:
+        dense = p.is_contiguous() or p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
+        reasons = {
+            "a parameter is not a real floating-point tensor": not p.is_floating_point(),
+            f"a parameter is on {p.device.type}": p.device.type not in ("cpu", "cuda", "mps", "xpu"),
+            # torch 2.13's fused SGD takes wrong steps there, from 16 elements on
+            f"a parameter is {p.dtype} on the CPU": p.device.type == "cpu" and p.dtype.itemsize < 4,
+            "a parameter or its gradient is not contiguous": not dense or p.stride() != p.grad.stride(),
+            f"state_dtype={state_dtype} differs from a parameter's": state_dtype not in (None, p.dtype),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                return reason
+    return ""
