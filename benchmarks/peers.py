@@ -31,7 +31,14 @@ def ademamix(params: list[torch.Tensor]) -> torch.optim.Optimizer:
 
 
 PEERS = [
-    Pair("SGD", gd.SGD, "torch fused", lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, fused=True), 4, {"momentum": 0.9}),
+    Pair(
+        "SGD momentum",
+        gd.SGD,
+        "torch fused",
+        lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, fused=True),
+        4,
+        {"momentum": 0.9},
+    ),
     Pair("Adagrad", gd.Adagrad, "torch fused", lambda p: torch.optim.Adagrad(p, lr=1e-3, fused=True), 4),
     Pair("Adam", gd.Adam, "torch fused", lambda p: torch.optim.Adam(p, lr=1e-3, fused=True), 8),
     Pair("AdamW", gd.AdamW, "torch fused", lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True), 8),

@@ -93,13 +93,19 @@ def measure(pair: Pair, rounds: int, compiled: bool, copy: Callable[[], float]) 
     moved = 12 * count + 2 * ours["auto"].state  # parameter read and written, gradient read, state both ways
     share = moved / ours[best].seconds / (8 * count / statistics.median(copies))
     ratio = {engine: candidate.seconds / theirs.seconds for engine, candidate in ours.items()}
-    print(
-        f"| {pair.name} | {pair.against} | {theirs.seconds * 1e3:.1f} | {ratio['auto']:.2f} | {ratio[best]:.2f} ({best}) | "
-        + " ".join(f"{engine} {value:.2f}" for engine, value in ratio.items())
-        + f" | {share:.0%} | {ours['auto'].state / count:.2f} / {pair.minimum:g} | {extra_memory(ours['auto']) / largest:.2f} | "
-        f"{ours['compile'].first if compiled else float('nan'):.1f} |",
-        flush=True,
-    )
+    columns = [
+        pair.name,
+        pair.against,
+        f"{theirs.seconds * 1e3:.1f}",
+        f"{ratio['auto']:.2f}",
+        f"{ratio[best]:.2f} ({best})",
+        ", ".join(f"{engine} {value:.2f}" for engine, value in ratio.items()),
+        f"{share:.0%}",
+        f"{ours['auto'].state / count:.2f} / {pair.minimum:g}",
+        f"{extra_memory(ours['auto']) / largest:.2f}",
+        f"{ours['compile'].first:.1f}" if compiled else "",
+    ]
+    print(f"| {' | '.join(columns)} |", flush=True)
 
 
 def main() -> None:
@@ -117,9 +123,12 @@ def main() -> None:
             a.copy_(b)
         return time.perf_counter() - start
 
-    print(f"{sum(x.numel() for x in source) / 1e6:.2f} M parameters, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| optimizer | peer | peer ms | default / peer | best / peer | all engines / peer | bandwidth of a copy | "
-          "state bytes per parameter / minimum | extra memory / largest parameter | first compiled step, s |")
+    count = sum(x.numel() for x in source)
+    print(f"{count / 1e6:.2f} M parameters, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(
+        "| optimizer | peer | peer ms | default / peer | best / peer | all engines / peer | bandwidth of a copy "
+        "| state bytes per parameter / minimum | extra memory / largest parameter | first compiled step, s |"
+    )
     print("|" + "---|" * 10, flush=True)
     for pair in PEERS:
         if not options.only or pair.name in options.only:

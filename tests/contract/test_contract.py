@@ -421,7 +421,9 @@ def test_nonfinite_raise_changes_nothing_and_propagate_is_torch(case, engine):
 @pytest.mark.parametrize(("dtype", "state_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_state_dtype_is_kept_and_survives_a_checkpoint(case, engine, dtype, state_dtype):
     if engine == "fused":
-        with pytest.raises(ValueError, match="engine='fused' is not valid .*(state_dtype=|on the CPU).* use engine='auto'"):
+        with pytest.raises(
+            ValueError, match="engine='fused' is not valid .*(state_dtype=|on the CPU).* use engine='auto'"
+        ):
             params = tensors(dtype)
             steps(case.build(params, lr=0.1, engine=engine, state_dtype=state_dtype), params, range(1))
         return
