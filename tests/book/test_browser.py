@@ -38,6 +38,7 @@ PROSE = """() => {
 THIN = """() => {
   document.querySelectorAll('mjx-container').forEach(e => e.remove());
   [...document.querySelectorAll('.bd-article pre')].slice(6).forEach(e => e.remove());
+  [...document.querySelectorAll('.bd-article dl.py')].slice(12).forEach(e => e.remove());
 }"""
 BROKEN_IMAGES = """() => [...document.images].filter(i => !i.complete || !i.naturalWidth ||
   (i.closest('.bd-article') && !i.alt.trim())).map(i => i.src)"""
