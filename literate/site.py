@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -347,7 +348,8 @@ def build(root: Path, out: Path) -> int:
         (stage / "html").rename(out)
     finally:
         shutil.rmtree(stage)
-    print(f"\nBuilt in {time.perf_counter() - start:.0f} s: {out / 'index.html'}")
+    print(f"\nOpened as a file it lacks its icons; `python -m http.server -d {os.path.relpath(out)}` shows it whole.")
+    print(f"Built in {time.perf_counter() - start:.0f} s: {out / 'index.html'}")
     return 0
 
 
