@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 8d867196
+# %% head c920c0b8
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -142,7 +142,8 @@ def train(
     return {name: torch.stack(values).cpu() for name, values in history.items()}
 
 
-# %% 23_machinery sec-figures 1 acca6d47
+# %% 23_machinery sec-figures 1 7ca298a7
+#: The palette of Okabe and Ito: it survives colour blindness and grey print.
 COLORS = {
     "blue": "#0072B2",
     "orange": "#D55E00",

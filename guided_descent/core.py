@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 1653389e
+# %% head 66f93710
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-optimizer 1 4afe6464
+# %% 23_machinery sec-optimizer 1 670301a9
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypedDict, Unpack
@@ -25,7 +25,9 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+#: How a rule is run; see ``Options``.
 Engine = Literal["auto", "loop", "foreach", "fused", "compile"]
+#: What to do about a gradient that is not finite; see ``Options``.
 Nonfinite = Literal["propagate", "skip", "raise"]
 
 
@@ -59,7 +61,8 @@ class Names:
             setattr(self, name, value)
 
 
-# %% 23_machinery sec-ranges 1 d9e2224f
+# %% 23_machinery sec-ranges 1 83b1311c
+#: Valid ranges of the hyperparameters that mean the same in every optimizer.
 RANGES = {
     "lr": "[0, inf)",
     "momentum": "[0, 1)",
@@ -409,7 +412,7 @@ def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype) for x in tensors]
 
 
-# %% 23_machinery sec-engines 2 8148764d
+# %% 23_machinery sec-engines 2 0c9256a3
 def _loop(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None) -> None:
     """The rule on one tensor after another: the reference for every other engine."""
     numbers_on_device = any(isinstance(value, Tensor) for value in vars(h).values())
@@ -437,6 +440,7 @@ def _fused(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Te
     optimizer.fused(p, g, Names(**s, step=[h.step.float()] * len(p) if "step" in optimizer.clocks else []), h)
 
 
+#: What runs a rule, by name.
 ENGINES: dict[str, Callable[..., None]] = {
     "auto": _loop,  # resolved to one of the others before it is called
     "loop": _loop,
