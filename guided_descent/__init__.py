@@ -1,10 +1,11 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 030c3a50
+# %% head 7e9ec8be
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.core import (
     ENGINES,
+    OPTIONS,
     RANGES,
     Batch,
     Engine,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ENGINES",
+    "OPTIONS",
     "RANGES",
     "Batch",
     "Engine",
