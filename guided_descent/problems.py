@@ -1,6 +1,6 @@
 # Generated from chapters/01_steepest_descent.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head fb8c126c
+# %% head 10dcda94
 """Chapter 01, Steepest descent."""
 
 __all__ = [
@@ -263,7 +263,7 @@ def _check_metric(P: Tensor, g: Tensor) -> Tensor:
     return factor
 
 
-# %% 01_steepest_descent sec-line-search 1 f2a13a6c
+# %% 01_steepest_descent sec-line-search 1 3487a499
 @torch.no_grad()
 def backtracking(
     loss: Callable[[Tensor], Tensor], x: Tensor, d: Tensor, g: Tensor,
@@ -295,6 +295,8 @@ def backtracking(
     """
     for name, value, interval in [("lr", lr, "(0, inf)"), ("c", c, "(0, 1)"), ("shrink", shrink, "(0, 1)")]:
         check_range(name, value, interval)
+    if limit < 1:
+        raise ValueError(f"limit={limit} allows no trial; pass 1 or more")
     slope = float((g * d).sum())
     if not slope < 0:
         raise ValueError(f"d has slope ⟨g, d⟩ = {slope:g}; pass a descent direction, such as -g (where g is not 0)")

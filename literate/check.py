@@ -78,7 +78,8 @@ def _package(book: Book) -> Iterator[Finding]:
         elif path not in wanted:
             yield Finding(name, 1, "no chapter exports to this module any more; run `python -m literate tangle`")
         elif (text := path.read_text("utf-8")) != wanted[path]:
-            yield Finding(name, first_difference(text, wanted[path]), "older than the chapters; run `python -m literate tangle`")
+            line = first_difference(text, wanted[path])
+            yield Finding(name, line, "older than the chapters; run `python -m literate tangle`")
 
 
 def _contents(book: Book) -> Iterator[Finding]:

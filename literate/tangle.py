@@ -42,7 +42,7 @@ def split(text: str) -> list[Part]:
     parts = []
     for mark, end in zip(marks, ends, strict=True):
         body = text[mark.end() : end]
-        start = mark.end() + len(body) - len(body.lstrip("\n"))
+        start = mark.end() + (len(body) - len(body.lstrip("\n")) if body.strip() else 1)
         parts.append(Part(mark[1], mark[2], body.strip("\n").rstrip(), text.count("\n", 0, start) + 1))
     return parts
 
