@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 030c3a50
+# %% head daf17209
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.core import (
@@ -28,12 +28,18 @@ from guided_descent.problems import (
     steepest_step,
     trajectory,
 )
+from guided_descent.sgd import (
+    SGD,
+    optimal_momentum,
+    spectral_radius,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ENGINES",
     "RANGES",
+    "SGD",
     "Batch",
     "Engine",
     "GradientDescent",
@@ -50,8 +56,10 @@ __all__ = [
     "check_choice",
     "check_range",
     "digits",
+    "optimal_momentum",
     "random_rotation",
     "rotation",
+    "spectral_radius",
     "steepest_step",
     "trajectory",
 ]
