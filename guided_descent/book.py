@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head bd5c55d7
+# %% head 8d867196
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -142,7 +142,7 @@ def train(
     return {name: torch.stack(values).cpu() for name, values in history.items()}
 
 
-# %% 23_machinery sec-figures 1 5b0d3d2f
+# %% 23_machinery sec-figures 1 acca6d47
 COLORS = {
     "blue": "#0072B2",
     "orange": "#D55E00",
@@ -162,8 +162,8 @@ def style() -> None:
     """
     plt.rcParams.update(
         {
-            "figure.figsize": (6.4, 3.4),
-            "figure.dpi": 130,
+            "figure.figsize": (5.4, 3.2),
+            "figure.dpi": 150,
             "figure.facecolor": "white",
             "figure.constrained_layout.use": True,
             "font.size": 11,
@@ -189,7 +189,7 @@ def _png(figure: Figure) -> bytes:
 
     large, small = io.BytesIO(), io.BytesIO()
     figure.savefig(large, format="png", facecolor="white")
-    Image.open(large).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    Image.open(large).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(small, "png", optimize=True)
     return small.getvalue()
 
 

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4747e649
+# %% head 1653389e
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -162,7 +162,7 @@ class Batch:
     __radd__, __rmul__ = __add__, __mul__
 
 
-# %% 23_machinery sec-base-class 1 00e3693f
+# %% 23_machinery sec-base-class 1 91a69c32
 class Optimizer(torch.optim.Optimizer):
     """The base of every optimizer here: it runs a subclass's ``rule`` over all parameters.
 
@@ -243,12 +243,20 @@ class Optimizer(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoint, as in torch; clocks are handed out as a copy for each tensor."""
+        packed = super().state_dict()
+        for key, state in packed["state"].items():
+            packed["state"][key] = {n: v.clone() if n in self.clocks else v for n, v in state.items()}
+        return packed
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, or of the ``torch.optim`` class of the same algorithm.
 
         Torch casts all state to the parameter's type; here clocks keep their own and ``state_dtype`` is honoured.
         """
         super().load_state_dict(state_dict)
+        clocks: dict[tuple[str, float], Tensor] = {}
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key, p in zip(saved["params"], group["params"], strict=True):
                 state = state_dict["state"].get(key, {})
@@ -257,7 +265,8 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 for name, value in state.items():
                     if name in self.clocks:
-                        self.state[p][name] = torch.as_tensor(value).detach().clone()
+                        clock = torch.as_tensor(value).detach().cpu().clone()
+                        self.state[p][name] = clocks.setdefault((name, clock.item()), clock)
                     elif isinstance(value, Tensor):
                         like = p if value.shape == p.shape else value  # in the parameter's memory layout
                         dtype = _state_dtype(p, group["state_dtype"])
@@ -286,11 +295,13 @@ class Optimizer(torch.optim.Optimizer):
         finite = self._finite(work)
         for (group, params), engine in zip(work, engines, strict=True):
             keep = finite if group["nonfinite"] == "skip" else None
-            for p, g, s, h in self._buckets(group, params, engine):
-                ENGINES[engine](self, p, g, s, h, keep)
-                for name in self.clocks if engine != "fused" else ():
-                    for x in s[name]:
-                        x.fill_(getattr(h, name)) if keep is None else x.copy_(torch.where(keep, getattr(h, name), x))
+            for p, states, h in self._buckets(group, params, engine):
+                now = {name: _clock_tensor(getattr(h, name), states[0][name], keep) for name in self.clocks}
+                g = [_as_real(x.grad) for x in p]
+                s = {name: [_as_real(state[name]) for state in states] for name in states[0] if name not in self.clocks}
+                ENGINES[engine](self, [_as_real(x) for x in p], g, s, h, keep)
+                for state in states:
+                    state.update(now)
         return loss
 
     def _engine(self, group: dict[str, Any], params: list[Tensor]) -> str:
@@ -325,62 +336,68 @@ class Optimizer(torch.optim.Optimizer):
         self.skipped = (0 if self.skipped is None else self.skipped) + (~finite).long()
         return finite
 
-    def _buckets(self, group: dict[str, Any], params: list[Tensor], engine: str) -> Iterator[tuple[Any, ...]]:
-        """Parameters that may share a call: lists of them, of their gradients and of their state; what they share."""
+    def _buckets(
+        self, group: dict[str, Any], params: list[Tensor], engine: str
+    ) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]], Names]]:
+        """Parameters that may share a call, their states, and what they share in ``h``, the clocks one step on."""
         shared = {name: value for name, value in group.items() if name not in ("params", "param_names")}
         if isinstance(shared["lr"], Tensor):
             shared["lr"] = shared["lr"].squeeze()
-        buckets: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
+        begun: dict[str, Tensor] = {}
+        buckets: dict[tuple[Any, ...], list[tuple[Tensor, dict[str, Tensor]]]] = defaultdict(list)
         for p in params:
-            state = self.state.get(p) or self._begin(p, Names(**shared))
-            clocks = self._read_clocks(p, state, group, engine)
+            state = self.state.get(p) or self._begin(p, Names(**shared), begun)
             shape = () if self.elementwise else tuple(p.shape)
-            buckets[p.device, p.dtype, shape, *clocks].append((p, state))
-        for (_, _, shape, *clocks), items in buckets.items():
-            h = Names(**shared, **dict(zip(self.clocks, clocks, strict=False)), shape=shape)
-            if engine != "fused":
-                if self.clocks:
-                    h.step = h.step + 1
-                self.clock(h)
-            p = [_as_real(p) for p, _ in items]
-            g = [_as_real(p.grad) for p, _ in items]
-            s = {name: [_as_real(state[name]) for _, state in items] for name in items[0][1]}
-            yield p, g, s, h
+            buckets[p.device, p.dtype, shape, *(id(state[name]) for name in self.clocks)].append((p, state))
+        for (device, _, shape, *_), items in buckets.items():
+            h = Names(**shared, shape=shape)
+            for name in self.clocks:
+                value = items[0][1][name]
+                # On the host reading it waits for nobody. What only the device knows stays there.
+                on_device = engine == "fused" or group["nonfinite"] == "skip"
+                setattr(h, name, _wide(value.to(device)) if on_device else value.item())
+            if "step" in self.clocks:
+                h.step = h.step + 1
+            self.clock(h)
+            yield [p for p, _ in items], [state for _, state in items], h
 
-    def _begin(self, p: Tensor, h: Names) -> dict[str, Tensor]:
-        """The state of a tensor before its first step."""
+    def _begin(self, p: Tensor, h: Names, begun: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of a tensor before its first step. Tensors that begin together share their clocks."""
         state = self.init_state(p, -p.grad if h.maximize else p.grad, h)
         for name, value in state.items():
-            if name not in self.clocks:
-                state[name] = value.to(_state_dtype(p, h.state_dtype))
+            shared = name in self.clocks
+            state[name] = begun.setdefault(name, value) if shared else value.to(_state_dtype(p, h.state_dtype))
         if state:
             self.state[p] = state
         return state
 
-    def _read_clocks(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any], engine: str) -> list[Any]:
-        """A clock lives on the host, where reading it waits for nobody; on the device if only the device knows it."""
-        on_device = engine == "fused" or group["nonfinite"] == "skip"
-        for name in self.clocks:
-            state[name] = state[name].to(p.device if on_device else "cpu")
-        if engine == "fused":
-            return []
-        return [state[name].double() if on_device else state[name].item() for name in self.clocks]
+
+def _wide(x: Tensor) -> Tensor:
+    """In double precision, where the device has it: powers of β₂ = 0.999 need the digits."""
+    return x if x.device.type == "mps" else x.double()
 
 
-# %% 23_machinery sec-engines 1 38c38725
+def _clock_tensor(value: float | Tensor, before: Tensor, finite: Tensor | None) -> Tensor:
+    """A clock as it is stored after the step."""
+    if isinstance(value, Tensor):
+        before = before.to(value.device)
+        return value.to(before.dtype) if finite is None else torch.where(finite, value.to(before.dtype), before)
+    return torch.tensor(value, dtype=before.dtype)
+
+
+# %% 23_machinery sec-engines 1 a93726b7
 def _run(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None, call: Callable) -> None:
     """Run a rule on one chunk of tensors: negate, convert, call, undo, convert back."""
     if h.maximize:
         g = torch._foreach_neg(g)
-    state = {name: values for name, values in s.items() if name not in optimizer.clocks}
-    kept = [*p, *(x for values in state.values() for x in values)]
+    kept = [*p, *(x for values in s.values() for x in values)]
     dtype = torch.promote_types(p[0].dtype, _state_dtype(p[0], h.state_dtype))
-    work, wide = kept, {name: values for name, values in state.items()}
+    work = kept
     if any(x.dtype != dtype for x in kept):
-        p, g, wide = _cast(p, dtype), _cast(g, dtype), {name: _cast(values, dtype) for name, values in state.items()}
-        work = [*p, *(x for values in wide.values() for x in values)]
+        p, g, s = _cast(p, dtype), _cast(g, dtype), {name: _cast(values, dtype) for name, values in s.items()}
+        work = [*p, *(x for values in s.values() for x in values)]
     old = [x.clone() for x in kept] if finite is not None else kept
-    call(optimizer, p, g, wide, h)
+    call(optimizer, p, g, s, h)
     for x, new, before in zip(kept, work, old, strict=True):
         if finite is not None:
             x.copy_(torch.where(finite, new, before))
@@ -392,7 +409,7 @@ def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype) for x in tensors]
 
 
-# %% 23_machinery sec-engines 2 180e9ea6
+# %% 23_machinery sec-engines 2 8148764d
 def _loop(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None) -> None:
     """The rule on one tensor after another: the reference for every other engine."""
     numbers_on_device = any(isinstance(value, Tensor) for value in vars(h).values())
@@ -415,13 +432,9 @@ def _compile(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: 
 
 
 def _fused(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None) -> None:
-    """Torch's own kernel, which counts the steps and undoes by itself."""
+    """Torch's own kernel, which undoes by itself."""
     h.found_inf = None if finite is None else (~finite).float()
-    if "step" in s:
-        torch._foreach_add_(s["step"], 1)
-    optimizer.fused(p, g, Names(**s), h)
-    if "step" in s and finite is not None:
-        torch._foreach_sub_(s["step"], [h.found_inf] * len(p))
+    optimizer.fused(p, g, Names(**s, step=[h.step.float()] * len(p) if "step" in optimizer.clocks else []), h)
 
 
 ENGINES: dict[str, Callable[..., None]] = {
@@ -499,6 +512,8 @@ def _unfusable(params: list[Tensor], state_dtype: torch.dtype | None) -> str:
         reasons = {
             "a parameter is not a real floating-point tensor": not p.is_floating_point(),
             f"a parameter is on {p.device.type}": p.device.type not in ("cpu", "cuda", "mps", "xpu"),
+            # torch 2.13's fused SGD takes wrong steps there, from 16 elements on
+            f"a parameter is {p.dtype} on the CPU": p.device.type == "cpu" and p.dtype.itemsize < 4,
             "a parameter or its gradient is not contiguous": not dense or p.stride() != p.grad.stride(),
             f"state_dtype={state_dtype} differs from a parameter's": state_dtype not in (None, p.dtype),
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from docutils import nodes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from sphinx.environment.collectors.toctree import TocTreeCollector
 from sphinx.errors import ExtensionError
-from sphinx.util import logging
+from sphinx.util import inspect
 
 from literate.notebook import PUBLISHED, stored_outputs
 from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, shown
@@ -37,7 +38,6 @@ CHECK = re.compile(r"✓ \((?P<label>[\w:-]+)\) (?P<text>.*)")
 # Plotly figures met while reading: name -> JSON. They become scripts of their own, fetched when the page needs them:
 # the page stays light, and a script (unlike a fetch) also loads from file://.
 figures: dict[str, str] = {}
-logger = logging.getLogger(__name__)
 
 
 @cache
@@ -155,14 +155,24 @@ def api_page(app: Any, docname: str, source: list[str]) -> None:
     if docname != API:
         return
     for module, pairs in book(str(app.srcdir)).modules.items():
+        home = f"{PACKAGE}.{module}"
         chapters = " and ".join(dict.fromkeys(f"{{doc}}`/{chapter.docname}`" for chapter, _ in pairs))
-        source[0] += (f"\n\n(api-{module})=\n## `{module}`\n\nFrom the chapter {chapters}.\n\n```{{eval-rst}}\n"
-                      f".. automodule:: {PACKAGE}.{module}\n   :members:\n   :show-inheritance:\n```\n")
+        # automodule leaves out constants without a `#:` comment
+        names = [(name, e.code) for _, e in pairs for name in e.names]
+        constants = [name for name, code in names if not re.search(rf"^(class|def) {name}\b", code, re.MULTILINE)]
+        entries = [f".. automodule:: {home}", "   :members:", "   :show-inheritance:"]
+        entries += [f"   :exclude-members: {', '.join(constants)}"] if constants else []
+        entries += [line for name in constants for line in ("", f".. autodata:: {home}.{name}")]
+        source[0] += f"\n\n(api-{module})=\n## `{module}`\n\nFrom {chapters}.\n\n"
+        source[0] += "\n".join(["```{eval-rst}", *entries, "```", ""])
 
 
-def skip_member(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
-    """Show every public name of a module, constants too; of a class, autodoc's choice: what it documents itself."""
-    return False if what == "module" and name in book(str(app.srcdir)).public else None
+def signature(app: Any, what: str, name: str, obj: Any, options: Any, arguments: str, returns: str) -> Any:
+    """Show how a class is made by its `__init__`, where autodoc shows the `*args` of a metaclass."""
+    if what == "class" and "__call__" in vars(type(obj)):
+        found = inspect.signature(obj.__init__, bound_method=True)
+        return inspect.stringify_signature(found, show_annotation=False), returns
+    return None
 
 
 def link_back(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -171,13 +181,25 @@ def link_back(app: Any, what: str, name: str, obj: Any, options: Any, lines: lis
         lines.clear()  # the page says it already
     if what == "data" and lines and lines[0] in (type(obj).__doc__ or ""):
         lines.clear()  # what `dict` says of itself
+    lines[:] = equation_links("\n".join(lines), book(str(app.srcdir))).split("\n")
     module, _, public = name.removeprefix(f"{PACKAGE}.").partition(".")
     for chapter, export in book(str(app.srcdir)).modules.get(module, []):
         if public in export.names:
             label = chapter.labels[export.section]
             where = f"{label.noun} {label.number}, :ref:`{label.name}`".strip()
             equations = " and ".join(f":eq:`{e.name}`" for e in nearest(chapter, export, label))
-            lines += ["", ".. container:: gd-derived", "", f"   Derived in {where}" + (f": {equations}." if equations else "."), ""]
+            sentence = f"Derived in {where}: {equations}." if equations else f"Derived in {where}."
+            lines += ["", ".. container:: gd-derived", "", f"   {sentence}", ""]
+
+
+def equation_links(text: str, this: Book) -> str:
+    """A docstring whose `Source:` is one paragraph, and where `eq-x` is a link to that equation."""
+
+    def link(match: re.Match[str]) -> str:
+        return f":eq:`{match[0]}`" if match[0] in this.labels else match[0]
+
+    text = re.sub(r"^Source: .*(?:\n +\S.*)+", lambda m: re.sub(r"\n +", " ", m[0]), text, flags=re.MULTILINE)
+    return re.sub(r'(?<![`\w"-])eq(-[a-z0-9]+)+', link, text)
 
 
 def nearest(chapter: Chapter, export: Export, section: Label) -> list[Label]:
@@ -226,6 +248,9 @@ def git(root: Path, *arguments: str) -> str:
 
 def adjust_page(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
     """Colab opens the branch that carries the published notebooks; edits go to the branch that carries the text."""
+    # docutils' role for a reference is deprecated, and a list has to hold list items; sphinx-exercise repeats an id
+    body = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
+    context["body"] = re.sub(r'<section id="(\w+-content)">', r'<section class="\1">', body)
     for group in context.get("header_buttons", []):
         for button in group.get("buttons", []):
             if button.get("text") == "Colab":
@@ -265,7 +290,7 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("config-inited", configure, priority=900)
     app.connect("builder-inited", refuse_stale)
     app.connect("source-read", api_page)
-    app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", link_back, priority=900)  # after napoleon
     app.connect("env-get-updated", number_chapters, priority=900)
     app.connect("html-page-context", adjust_page, priority=900)
@@ -279,14 +304,19 @@ def setup(app: Any) -> dict[str, Any]:
 
 
 class Tee:
-    """Passes on what is written, and keeps it."""
+    """Keeps what is written, and passes on the lines that match."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.kept = stream, []
+    def __init__(self, stream: Any, only: str) -> None:
+        self.stream, self.only, self.kept, self.line = stream, only, "", ""
 
     def write(self, text: str) -> int:
-        self.kept.append(text)
-        return self.stream.write(text)
+        self.kept += text
+        self.line += text
+        if self.line.endswith(("\n", "\r")):
+            if re.search(self.only, self.line):
+                self.stream.write(self.line)
+            self.line = ""
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -300,14 +330,17 @@ def build(root: Path, out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".site-", dir=out.parent))
     try:
-        with contextlib.redirect_stderr(Tee(sys.stderr)) as errors:
+        with (
+            contextlib.redirect_stdout(Tee(sys.stdout, only=r"\[ *\d+%\]")),
+            contextlib.redirect_stderr(Tee(sys.stderr, only="(?!)")) as errors,
+        ):
             status = build_sphinx(
                 root, stage / "html", path_config=root / "_config.yml", noconfig=True, freshenv=True,
                 warningiserror=True, keep_going=True,
                 confoverrides={"external_toc_path": str(root / "_toc.yml"), "latex_individualpages": False},
             )
         if status != 0:
-            said = "".join(errors.kept).strip()
+            said = re.sub(r"\x1b\[[\d;]*m", "", errors.kept).replace(f"{root}/", "").strip()
             print(f"\nThe site was not built; {out} is as it was. What to mend:\n\n{said}", file=sys.stderr)
             return 1
         if out.exists():
@@ -315,7 +348,8 @@ def build(root: Path, out: Path) -> int:
         (stage / "html").rename(out)
     finally:
         shutil.rmtree(stage)
-    print(f"\nBuilt in {time.perf_counter() - start:.0f} s: {out / 'index.html'}")
+    print(f"\nOpened as a file it lacks its icons; `python -m http.server -d {os.path.relpath(out)}` shows it whole.")
+    print(f"Built in {time.perf_counter() - start:.0f} s: {out / 'index.html'}")
     return 0
 
 

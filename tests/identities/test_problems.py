@@ -201,8 +201,8 @@ def test_right_metric_ends_in_one_step(seed, d):
 @given(seeds, st.integers(1, 6), st.floats(0, 0.3))
 def test_gradient_descent_is_sgd(seed, d, lr):
     q = a_quadratic(seed, d)
-    ours = trajectory(q, lambda p: GradientDescent(p, lr=lr), 20)
-    theirs = trajectory(q, lambda p: torch.optim.SGD(p, lr=lr), 20)
+    ours = trajectory(q, GradientDescent, 20, lr=lr)
+    theirs = trajectory(q, torch.optim.SGD, 20, lr=lr)
     assert close(ours, theirs) and ours.shape == (21, d) and torch.equal(ours[0], q.start)
 
 
@@ -211,7 +211,7 @@ def test_gradient_descent_is_sgd(seed, d, lr):
 def test_modes_decay_alone(seed, d, part):
     q = a_quadratic(seed, d)
     lr = part * 2 / q.L
-    error = (trajectory(q, lambda p: GradientDescent(p, lr=lr), 15) - q.minimizer) @ q.basis
+    error = (trajectory(q, GradientDescent, 15, lr=lr) - q.minimizer) @ q.basis
     assert close(error, (1 - lr * q.spectrum) ** torch.arange(16)[:, None], 1e-9)
 
 
@@ -220,7 +220,7 @@ def test_modes_decay_alone(seed, d, part):
 def test_the_rate_is_attained_at_every_step(seed, kappa):
     q = Quadratic([kappa, math.sqrt(kappa), 1.0], random_rotation(3, generator(seed)))
     worst = q.basis[:, 0] + q.basis[:, 2]
-    path = trajectory(q, lambda p: GradientDescent(p, lr=2 / (kappa + 1)), 20, start=worst).norm(dim=1)
+    path = trajectory(q, GradientDescent, 20, lr=2 / (kappa + 1), start=worst).norm(dim=1)
     assert close(path[1:] / path[:-1], torch.full((20,), (kappa - 1) / (kappa + 1), dtype=torch.float64), 1e-9)
 
 

@@ -192,6 +192,8 @@ MALFORMED = {
     "front matter a list": ("jupytext:\n  text", "- text", "kernelspec", "bad YAML"),
     "cell options": ("#| export\nLIMIT", "---\ntags: [a\n---\nLIMIT", "---\nLIMIT", "bad YAML"),
     "cell options short": ("#| export\nLIMIT", ":tags: [a\nLIMIT", ":tags", "bad YAML"),
+    "tags": ("#| export\nLIMIT", ":tags: hide-input\nLIMIT", "```{code-cell} python\n:tags", "bad cell options"),
+    "figure": ("#| export\nLIMIT", "---\nmystnb: {figure: name}\n---\nLIMIT", "LIMIT", "bad cell options"),
     "unclosed cell": ("return 2 * x\n```", "return 2 * x\n", "```{code-cell} python\n#| export\ndef", "unclosed fence"),
     "unclosed fence": ("Some prose", "```python\nSome prose", "```python\nSome", "unclosed fence"),
     "unclosed last": ('12")\n```', '12")', "```{code-cell} python\nassert", "unclosed fence"),
