@@ -1,6 +1,6 @@
 # Generated from chapters/03_momentum.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 66a28099
+# %% head 343c4830
 """Chapter 03, Momentum."""
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
 ]
 
 
-# %% 03_momentum sec-memory 1 8f320fa3
+# %% 03_momentum sec-memory 1 2cdd5a09
 from typing import Any, Unpack
 
 import torch
@@ -83,16 +83,13 @@ class SGD(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after making sure that its options go together."""
+        group = {**self.defaults, **param_group}
+        if group["nesterov"] and (group["dampening"] or not group["momentum"]):
+            given = f"momentum={group['momentum']} and dampening={group['dampening']}"
+            raise ValueError(f"nesterov=True with {given}; pass momentum > 0 and dampening = 0")
+        if group["dampening"] and group["nonfinite"] == "skip":
+            raise ValueError(f"dampening={group['dampening']} with nonfinite='skip'; pass dampening = 0, or 'propagate'")
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        error = ""
-        if group["nesterov"] and not (group["momentum"] > 0 and group["dampening"] == 0):
-            error = "nesterov=True with momentum={momentum} and dampening={dampening}; pass momentum > 0, dampening = 0"
-        elif group["dampening"] > 0 and group["nonfinite"] == "skip":
-            error = "dampening={dampening} with nonfinite='skip'; pass dampening = 0, or nonfinite='propagate'"
-        if error:
-            self.param_groups.pop()
-            raise ValueError(error.format(**group))
 
 
 # %% 03_momentum sec-two-by-two 1 0a28584b
