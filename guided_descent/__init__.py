@@ -1,10 +1,11 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head daf17209
+# %% head 6a677cb5
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.core import (
     ENGINES,
+    OPTIONS,
     RANGES,
     Batch,
     Engine,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ENGINES",
+    "OPTIONS",
     "RANGES",
     "SGD",
     "Batch",

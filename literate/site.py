@@ -71,7 +71,7 @@ def read(text: str, root: str, stem: str) -> nbformat.NotebookNode:
         if cell.kind != "code":
             page.append((new_markdown_cell(cell.source), cell.line))
             continue
-        if index in exports:
+        if index in exports and exports[index].names:
             page.append((new_markdown_cell(badge(exports[index])), cell.line))
         if index in outputs:  # else a cell of directives alone
             source, line = shown(cell)
@@ -116,7 +116,7 @@ def check_line(line: str) -> str:
 def badge(export: Export) -> str:
     home = f"{PACKAGE}.{export.module}"
     names = ", ".join(f"{{py:obj}}`{name} <{home}.{name}>`" for name in export.names)
-    return f":::{{div}} gd-export\nexported to {{py:mod}}`{home}`{': ' + names if names else ''}\n:::"
+    return f":::{{div}} gd-export\nexported to {{py:mod}}`{home}`: {names}\n:::"
 
 
 def added(chapter: Chapter) -> str:

@@ -271,12 +271,13 @@ def test_stop_save_load_go_on_is_the_run_that_never_stopped(case, engine):
 
 
 @every_case
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
-)
-def test_deepcopy_and_pickle_go_on_as_the_original(case, duplicate):
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deep", "pickle"])
+def test_deepcopy_and_pickle_go_on_as_the_original(case, duplicate, scheduled):
     params = tensors()
     optimizer = case.build(params, lr=0.1)
+    if scheduled:  # it hangs a method on the instance
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
     optimizer.note = "kept"
     steps(optimizer, params, range(3))
     params_too, twin = duplicate((params, optimizer))
