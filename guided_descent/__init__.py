@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 7e9ec8be
+# %% head 6a677cb5
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.core import (
@@ -29,6 +29,11 @@ from guided_descent.problems import (
     steepest_step,
     trajectory,
 )
+from guided_descent.sgd import (
+    SGD,
+    optimal_momentum,
+    spectral_radius,
+)
 
 __version__ = "0.1.0"
 
@@ -36,6 +41,7 @@ __all__ = [
     "ENGINES",
     "OPTIONS",
     "RANGES",
+    "SGD",
     "Batch",
     "Engine",
     "GradientDescent",
@@ -52,8 +58,10 @@ __all__ = [
     "check_choice",
     "check_range",
     "digits",
+    "optimal_momentum",
     "random_rotation",
     "rotation",
+    "spectral_radius",
     "steepest_step",
     "trajectory",
 ]
