@@ -1,8 +1,17 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 030c3a50
+# %% head af0648e5
 """Guided Descent: the package that the chapters of the book build."""
 
+from guided_descent.adaptive import (
+    AdEMAMix,
+    Adafactor,
+    Adagrad,
+    Adam,
+    AdamW,
+    NAdam,
+    RMSprop,
+)
 from guided_descent.core import (
     ENGINES,
     RANGES,
@@ -34,16 +43,23 @@ __version__ = "0.1.0"
 __all__ = [
     "ENGINES",
     "RANGES",
+    "AdEMAMix",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
     "Batch",
     "Engine",
     "GradientDescent",
     "LogisticRegression",
+    "NAdam",
     "Names",
     "Nonfinite",
     "Optimizer",
     "Options",
     "Problem",
     "Quadratic",
+    "RMSprop",
     "Rosenbrock",
     "__version__",
     "backtracking",
