@@ -1,8 +1,17 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 6a677cb5
+# %% head bf2a6486
 """Guided Descent: the package that the chapters of the book build."""
 
+from guided_descent.adaptive import (
+    AdEMAMix,
+    Adafactor,
+    Adagrad,
+    Adam,
+    AdamW,
+    NAdam,
+    RMSprop,
+)
 from guided_descent.core import (
     ENGINES,
     OPTIONS,
@@ -42,16 +51,23 @@ __all__ = [
     "OPTIONS",
     "RANGES",
     "SGD",
+    "AdEMAMix",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
     "Batch",
     "Engine",
     "GradientDescent",
     "LogisticRegression",
+    "NAdam",
     "Names",
     "Nonfinite",
     "Optimizer",
     "Options",
     "Problem",
     "Quadratic",
+    "RMSprop",
     "Rosenbrock",
     "__version__",
     "backtracking",
