@@ -1,6 +1,6 @@
 # Generated from chapters/03_momentum.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head b32c0874
+# %% head 91b4fd7b
 """Chapter 03, Momentum."""
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
 ]
 
 
-# %% 03_momentum sec-memory 1 01368eb7
+# %% 03_momentum sec-memory 1 7c8de698
 from typing import Any, Unpack
 
 import torch
@@ -91,9 +91,8 @@ class SGD(Optimizer):
         if h.weight_decay:
             g = (h.weight_decay * p).add_(g)
         if h.momentum:
-            m = s.momentum_buffer.mul_(h.momentum).add_(
-                g, alpha=1 - h.dampening
-            )
+            m = s.momentum_buffer.mul_(h.momentum)
+            m.add_(g, alpha=1 - h.dampening)
             g = (h.momentum * m).add_(g) if h.nesterov else m
         p.add_(g, alpha=-h.lr)
 
@@ -116,9 +115,8 @@ class SGD(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after making sure that its options go together."""
         group = {**self.defaults, **param_group}
-        if group["nesterov"] and (
-            group["dampening"] or not group["momentum"]
-        ):
+        pure = group["momentum"] and not group["dampening"]
+        if group["nesterov"] and not pure:
             raise ValueError(
                 f"nesterov=True with momentum={group['momentum']} and "
                 f"dampening={group['dampening']}; "
