@@ -1,6 +1,6 @@
 # Generated from chapters/04_adaptive_methods.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c412ee53
+# %% head f853c610
 """Chapter 04, Adaptive methods."""
 
 __all__ = [
@@ -14,14 +14,14 @@ __all__ = [
 ]
 
 
-# %% 04_adaptive_methods sec-adagrad 1 6c49a6ad
+# %% 04_adaptive_methods sec-adagrad 1 75d1188c
 import math
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from guided_descent.core import Optimizer, Options, check_range
+from guided_descent.core import Optimizer, Options
 
 
 # %% 04_adaptive_methods sec-adagrad 2 5c0e5668
@@ -325,7 +325,7 @@ def _mean_square(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return norm.square_().div_(max(1, x.numel() // max(1, norm.numel())))
 
 
-# %% 04_adaptive_methods sec-adafactor 2 0c0d01ff
+# %% 04_adaptive_methods sec-adafactor 2 6cd764b8
 class Adafactor(Optimizer):
     """Adafactor: Adam's second moment of a matrix kept as its row and column means, and no first moment.
 
@@ -364,17 +364,6 @@ class Adafactor(Optimizer):
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
         super().__init__(params, defaults, **options)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, after validating it; ``eps[0]`` may be ``None``."""
-        first, second = eps = {**self.defaults, **param_group}["eps"]
-        super().add_param_group({**param_group, "eps": (0.0 if first is None else first, second)})
-        group = self.param_groups[-1]
-        group["eps"] = eps
-        for p in group["params"]:
-            if p.is_complex():
-                self.param_groups.pop()
-                raise ValueError(f"params holds a complex tensor of shape {tuple(p.shape)}; pass torch.view_as_real(p)")
-
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         if p.dim() < 2:
             return {"step": torch.zeros(()), "variance": torch.zeros_like(p)}
@@ -403,7 +392,7 @@ class Adafactor(Optimizer):
         p.addcmul_(u, step_size / clip, value=-1)
 
 
-# %% 04_adaptive_methods sec-ademamix 1 94233bea
+# %% 04_adaptive_methods sec-ademamix 1 fe43d28f
 class AdEMAMix(Optimizer):
     """AdEMAMix: Adam that also follows a second, much slower mean of the gradient.
 
@@ -429,7 +418,7 @@ class AdEMAMix(Optimizer):
     """
 
     clocks = ("step",)
-    ranges = {"alpha": "[0, inf)"}
+    ranges = {"alpha": "[0, inf)", "t_alpha_beta3": "(0, inf)"}
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
@@ -438,13 +427,6 @@ class AdEMAMix(Optimizer):
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "alpha": alpha, "t_alpha_beta3": t_alpha_beta3, "eps": eps}
         super().__init__(params, defaults | {"weight_decay": weight_decay}, **options)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, after validating it; ``t_alpha_beta3`` may be ``None``."""
-        warmup = {**self.defaults, **param_group}["t_alpha_beta3"]
-        if warmup is not None:
-            check_range("t_alpha_beta3", warmup, "(0, inf)")
-        super().add_param_group(param_group)
 
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         names = ("exp_avg", "exp_avg_sq", "exp_avg_slow")

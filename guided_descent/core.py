@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head ffe0d93b
+# %% head 34fbc731
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -18,7 +18,8 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-optimizer 1 3a0b082a
+# %% 23_machinery sec-optimizer 1 13c55fc9
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from numbers import Real
@@ -199,7 +200,7 @@ class Batch:
     __radd__, __rmul__ = __add__, __mul__
 
 
-# %% 23_machinery sec-base-class 1 1965c918
+# %% 23_machinery sec-base-class 1 83f22f0a
 class Optimizer(torch.optim.Optimizer):
     """The base of every optimizer here: it runs a subclass's ``rule`` over all parameters.
 
@@ -263,12 +264,16 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse what is out of range or of the wrong kind."""
+        usual = {name: x.default for name, x in inspect.signature(type(self).__init__).parameters.items()}
         for name, interval in {**RANGES, **self.ranges}.items():
-            default, value = self.defaults.get(name), group.get(name)
+            if name not in self.defaults:
+                continue
+            value, default = group[name], usual.get(name)
             if isinstance(default, tuple) and not (isinstance(value, tuple | list) and len(value) == len(default)):
                 raise ValueError(f"{name}={value!r} has another form than the default {default!r}; pass one like it")
-            for number, usual in zip(value, default, strict=True) if isinstance(default, tuple) else [(value, default)]:
-                if not (number is None and usual is None):
+            pairs = zip(value, default, strict=True) if isinstance(default, tuple) else [(value, default)]
+            for number, example in pairs:
+                if not (number is None and example is None):
                     check_range(name, number, interval)
         check_choice("engine", group["engine"], ENGINES)
         check_choice("nonfinite", group["nonfinite"], ("propagate", "skip", "raise"))
@@ -423,8 +428,9 @@ class Optimizer(torch.optim.Optimizer):
         for p in params:
             state = self.state.get(p) or self._begin(p, Names(**shared), begun, finite)
             shape = () if self.elementwise else tuple(p.shape)
-            buckets[p.device, p.dtype, shape, *(id(state[name]) for name in self.clocks)].append((p, state))
-        for (device, _, shape, *_), items in buckets.items():
+            history = (id(state[name]) for name in self.clocks)
+            buckets[p.device, p.dtype, shape, tuple(state), *history].append((p, state))
+        for (device, _, shape, _, *_), items in buckets.items():
             h = Names(**shared, shape=shape)
             for name in self.clocks:
                 value = items[0][1][name]
