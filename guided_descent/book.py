@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e787261e
+# %% head bd5c55d7
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -14,15 +14,18 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-check 1 d2ce2788
+# %% 23_machinery sec-check 1 494d7059
+import io
 import os
 import random
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 
@@ -139,7 +142,7 @@ def train(
     return {name: torch.stack(values).cpu() for name, values in history.items()}
 
 
-# %% 23_machinery sec-figures 1 241efd94
+# %% 23_machinery sec-figures 1 5b0d3d2f
 COLORS = {
     "blue": "#0072B2",
     "orange": "#D55E00",
@@ -157,14 +160,14 @@ def style() -> None:
 
     Source: appendix "The machinery".
     """
-    mpl.rcParams.update(
+    plt.rcParams.update(
         {
             "figure.figsize": (6.4, 3.4),
             "figure.dpi": 130,
             "figure.facecolor": "white",
             "figure.constrained_layout.use": True,
             "font.size": 11,
-            "axes.prop_cycle": mpl.cycler(color=list(COLORS.values())),
+            "axes.prop_cycle": plt.cycler(color=list(COLORS.values())),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
@@ -174,9 +177,23 @@ def style() -> None:
             "lines.linewidth": 1.8,
         }
     )
+    if "ipykernel" in sys.modules:
+        from IPython import get_ipython
+
+        plt.close(plt.figure())  # lets the notebook's backend register its own formatter before ours
+        get_ipython().display_formatter.formatters["image/png"].for_type(Figure, _png)
 
 
-# %% 23_machinery sec-figures 2 586bd05d
+def _png(figure: Figure) -> bytes:
+    from PIL import Image
+
+    large, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(large, format="png", facecolor="white")
+    Image.open(large).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    return small.getvalue()
+
+
+# %% 23_machinery sec-figures 2 9822e439
 def slider(
     frames: dict[str, list[dict[str, Any]]],
     *,
@@ -213,8 +230,6 @@ def slider(
 
     Source: appendix "The machinery".
     """
-    import sys
-
     from IPython.display import display
 
     if not 0 <= active < len(frames):

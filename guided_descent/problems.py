@@ -1,6 +1,6 @@
 # Generated from chapters/01_steepest_descent.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head fb8c126c
+# %% head b330d044
 """Chapter 01, Steepest descent."""
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 
-# %% 01_steepest_descent sec-one-rule 1 9a00aecf
+# %% 01_steepest_descent sec-one-rule 1 4a708364
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -31,11 +31,13 @@ from guided_descent.core import Optimizer, Options, check_range
 
 
 class GradientDescent(Optimizer):
-    """Gradient descent, ``x ← x − lr · g``: the plainest optimizer, without memory.
+    """Gradient descent, ``x ← x − lr · g``: the plainest optimizer, without
+    memory.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
-        lr: Step size η, in units of parameter per unit of gradient; in [0, ∞). Default 0.01.
+        lr: Step size η, in units of parameter per unit of gradient; in [0, ∞).
+            Default 0.01.
         **options: ``maximize`` and ``engine``, see ``Options``.
 
     Raises:
@@ -45,7 +47,9 @@ class GradientDescent(Optimizer):
     Source: Cauchy (1847), C. R. Acad. Sci. 25, 536–538. Chapter 01, eq-gd.
     """
 
-    def __init__(self, params: Any, lr: float | Tensor = 1e-2, **options: Unpack[Options]) -> None:
+    def __init__(
+        self, params: Any, lr: float | Tensor = 1e-2, **options: Unpack[Options]
+    ) -> None:
         super().__init__(params, {"lr": lr}, **options)
 
     @staticmethod
@@ -53,7 +57,7 @@ class GradientDescent(Optimizer):
         p.sub_(h.lr * g)
 
 
-# %% 01_steepest_descent sec-one-rule 2 ded30999
+# %% 01_steepest_descent sec-one-rule 2 d95070ba
 class Problem(ABC):
     """A function to minimise whose answer is known.
 
@@ -78,20 +82,26 @@ class Problem(ABC):
         return torch.func.grad(self.loss)(x)
 
     def hessian(self, x: Tensor) -> Tensor:
-        """The matrix of second derivatives at ``x``, of size (numel, numel), row-major."""
+        """Second derivatives at ``x``: (numel, numel), row-major."""
         return torch.func.hessian(self.loss)(x).reshape(x.numel(), x.numel())
 
 
 def trajectory(
-    problem: Problem, optimizer: Callable[..., torch.optim.Optimizer], steps: int, *, start: Tensor | None = None
+    problem: Problem,
+    optimizer: Callable[..., torch.optim.Optimizer],
+    steps: int,
+    *,
+    start: Tensor | None = None,
+    **hyperparameters: Any,
 ) -> Tensor:
     """Run an optimizer on a problem and return every point it visits.
 
     Args:
         problem: What to minimise.
-        optimizer: Builds the optimizer from a list of parameters: a class, or ``lambda p: Adam(p, lr=0.1)``.
+        optimizer: An optimizer class, or a function that builds one.
         steps: Number of steps, at least 0.
         start: First point; ``problem.start`` by default.
+        **hyperparameters: For the optimizer, such as ``lr=0.1``.
 
     Returns:
         Shape ``(steps + 1, *start.shape)``; row 0 is the start.
@@ -103,8 +113,9 @@ def trajectory(
     """
     if steps < 0:
         raise ValueError(f"steps={steps} is negative; pass 0 or more")
-    x = torch.nn.Parameter((problem.start if start is None else start).detach().clone())
-    method = optimizer([x])
+    start = problem.start if start is None else start
+    x = torch.nn.Parameter(start.detach().clone())
+    method = optimizer([x], **hyperparameters)
     path = [x.detach().clone()]
 
     def closure() -> Tensor:
@@ -119,14 +130,16 @@ def trajectory(
     return torch.stack(path)
 
 
-# %% 01_steepest_descent sec-one-rule 3 33989736
+# %% 01_steepest_descent sec-one-rule 3 76487173
 class Quadratic(Problem):
     """``½ (x − x⋆)ᵀ H (x − x⋆)`` with chosen eigenvalues and eigenvectors.
 
     Args:
-        spectrum: Eigenvalues of H, positive, largest first; shape ``(d,)``. A tensor sets dtype and device;
-            a list of numbers means float64 on the CPU.
-        basis: Orthogonal matrix ``(d, d)`` whose columns are the eigenvectors; the axes by default.
+        spectrum: Eigenvalues of H, positive, largest first; shape ``(d,)``. A
+            tensor sets dtype and device; a list of numbers means float64 on the
+            CPU.
+        basis: Orthogonal matrix ``(d, d)`` whose columns are the eigenvectors;
+            the axes by default.
         minimizer: ``x⋆``, shape ``(d,)``; the origin by default.
 
     Attributes:
@@ -136,24 +149,27 @@ class Quadratic(Problem):
         start: Error 1 along every eigenvector.
 
     Raises:
-        ValueError: Eigenvalues that are not positive, finite and descending; a basis that is not orthogonal;
-            shapes that do not match.
+        ValueError: Eigenvalues that are not positive, finite and descending; a
+            basis that is not orthogonal; shapes that do not match.
 
-    Source: Nocedal & Wright (2006), section 3.3. Chapter 01, "One rule, three fates".
+    Source: Nocedal & Wright (2006), section 3.3. Chapter 01, "One rule, three
+        fates".
     """
 
     def __init__(
-        self, spectrum: Sequence[float] | Tensor, basis: Tensor | None = None, minimizer: Tensor | None = None
+        self,
+        spectrum: Sequence[float] | Tensor,
+        basis: Tensor | None = None,
+        minimizer: Tensor | None = None,
     ) -> None:
-        lam = spectrum if isinstance(spectrum, Tensor) else torch.tensor(spectrum, dtype=torch.float64)
-        _check_spectrum(lam)
-        self.spectrum = lam
+        self.spectrum = lam = _check_spectrum(spectrum)
         self.basis = _check_basis(basis, lam)
-        self.minimizer = torch.zeros_like(lam) if minimizer is None else _check_shape("minimizer", minimizer, lam)
-        self.minimum = 0.0
         self.H = self.basis * lam @ self.basis.T
+        self.minimizer = _check_minimizer(minimizer, lam)
+        self.minimum = 0.0
         self.start = self.minimizer + self.basis.sum(dim=1)
-        self.L, self.mu, self.kappa = float(lam[0]), float(lam[-1]), float(lam[0] / lam[-1])
+        self.L, self.mu = float(lam[0]), float(lam[-1])
+        self.kappa = self.L / self.mu
 
     def loss(self, x: Tensor) -> Tensor:
         """The value at ``x``; a batch ``(…, d)`` gives a batch ``(…)``."""
@@ -169,7 +185,7 @@ class Quadratic(Problem):
         return self.H
 
 
-# %% 01_steepest_descent sec-one-rule 4 c335c617
+# %% 01_steepest_descent sec-one-rule 4 42a671f0
 def rotation(angle: float) -> Tensor:
     """The 2×2 rotation by ``angle`` radians, counterclockwise, in float64."""
     c, s = math.cos(angle), math.sin(angle)
@@ -181,34 +197,57 @@ def random_rotation(d: int, generator: torch.Generator | None = None) -> Tensor:
 
     Args:
         d: Dimension, at least 1.
-        generator: Source of randomness, on the CPU; torch's global one by default.
+        generator: Source of randomness, on the CPU; torch's global one by
+            default.
 
     Raises:
         ValueError: ``d`` is less than 1.
 
-    Source: Mezzadri (2007), arXiv math-ph/0609050. Chapter 01, "One rule, three fates".
+    Source: Mezzadri (2007), arXiv math-ph/0609050. Chapter 01, "One rule, three
+        fates".
     """
     if d < 1:
         raise ValueError(f"d={d} is not a dimension; pass 1 or more")
-    q, r = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))
+    q, r = torch.linalg.qr(
+        torch.randn(d, d, dtype=torch.float64, generator=generator)
+    )
     return q * r.diagonal().sign()
 
 
-# %% 01_steepest_descent sec-one-rule 5 e0919952
+# %% 01_steepest_descent sec-one-rule 5 bcfe426f
 import math
 
 
 def _check_shape(name: str, value: Tensor, like: Tensor) -> Tensor:
     if value.shape != like.shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; pass shape {tuple(like.shape)}")
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; "
+            f"pass shape {tuple(like.shape)}"
+        )
     return value.to(like)
 
 
-def _check_spectrum(lam: Tensor) -> None:
-    if lam.ndim != 1 or len(lam) == 0:
-        raise ValueError(f"spectrum has shape {tuple(lam.shape)}; pass a list of at least one eigenvalue")
-    if not (torch.isfinite(lam).all() and (lam > 0).all() and (lam[:-1] >= lam[1:]).all()):
-        raise ValueError(f"spectrum={lam.tolist()}; pass positive, finite eigenvalues, largest first")
+def _check_spectrum(spectrum: Sequence[float] | Tensor) -> Tensor:
+    if not isinstance(spectrum, Tensor):
+        spectrum = torch.tensor(spectrum, dtype=torch.float64)
+    if spectrum.ndim != 1 or len(spectrum) == 0:
+        raise ValueError(
+            f"spectrum has shape {tuple(spectrum.shape)}; "
+            "pass a list of at least one eigenvalue"
+        )
+    valid = torch.isfinite(spectrum) & (spectrum > 0)
+    if not (valid.all() and (spectrum[:-1] >= spectrum[1:]).all()):
+        raise ValueError(
+            f"spectrum={spectrum.tolist()}; "
+            "pass positive, finite eigenvalues, largest first"
+        )
+    return spectrum
+
+
+def _check_minimizer(minimizer: Tensor | None, lam: Tensor) -> Tensor:
+    if minimizer is None:
+        return torch.zeros_like(lam)
+    return _check_shape("minimizer", minimizer, lam)
 
 
 def _check_basis(basis: Tensor | None, lam: Tensor) -> Tensor:
@@ -218,31 +257,38 @@ def _check_basis(basis: Tensor | None, lam: Tensor) -> Tensor:
     basis = _check_shape("basis", basis, eye)
     error = float((basis.T @ basis - eye).abs().max())
     if not error < 100 * len(lam) * torch.finfo(lam.dtype).eps:
-        raise ValueError(f"basis is not orthogonal: BᵀB is {error:.1g} off the identity; pass one from torch.linalg.qr")
+        raise ValueError(
+            f"basis is not orthogonal: BᵀB is {error:.1g} off the identity; "
+            "pass one from torch.linalg.qr"
+        )
     return basis
 
 
-# %% 01_steepest_descent sec-which-norm 1 2b5afdde
+# %% 01_steepest_descent sec-which-norm 1 8d1e575f
 def steepest_step(g: Tensor, lr: float, norm: str | Tensor = "euclidean") -> Tensor:
     """The step that minimises ``⟨g, Δ⟩ + ‖Δ‖² / (2 lr)``.
 
     Args:
         g: Gradient, shape ``(d,)``.
         lr: Step size η, in (0, ∞).
-        norm: ``"euclidean"`` (default), ``"max"``, ``"sum"``, or a symmetric positive definite matrix P of shape
-            ``(d, d)`` for ``‖Δ‖ = √(ΔᵀPΔ)``.
+        norm: ``"euclidean"`` (default), ``"max"``, ``"sum"``, or a symmetric
+            positive definite matrix P of shape ``(d, d)`` for ``‖Δ‖ =
+            √(ΔᵀPΔ)``.
 
     Returns:
         Δ, shape ``(d,)``. Under ``"sum"`` ties go to the first coordinate.
 
     Raises:
-        ValueError: An unknown norm, a matrix of the wrong shape, or one that is not symmetric positive definite.
+        ValueError: An unknown norm, a matrix of the wrong shape, or one that is
+            not symmetric positive definite.
 
-    Source: Bernstein & Newhouse (2024), arXiv 2409.20325. Chapter 01, eq-steepest.
+    Source: Bernstein & Newhouse (2024), arXiv 2409.20325. Chapter 01,
+        eq-steepest.
     """
     check_range("lr", lr, "(0, inf)")
     if isinstance(norm, Tensor):
-        return -lr * torch.cholesky_solve(g[:, None], _check_metric(norm, g))[:, 0]
+        factor = _check_metric(norm, g)
+        return -lr * torch.cholesky_solve(g[:, None], factor)[:, 0]
     if norm == "euclidean":
         return -lr * g
     if norm == "max":
@@ -250,29 +296,35 @@ def steepest_step(g: Tensor, lr: float, norm: str | Tensor = "euclidean") -> Ten
     if norm == "sum":
         largest = torch.nn.functional.one_hot(g.abs().argmax(), len(g))
         return -lr * g * largest
-    raise ValueError(f"norm={norm!r} is unknown; use 'euclidean', 'max', 'sum' or a matrix")
+    raise ValueError(f"norm={norm!r} is unknown; use 'euclidean', 'max', 'sum' or P")
 
 
 def _check_metric(P: Tensor, g: Tensor) -> Tensor:
-    """The Cholesky factor of P, after making sure that P measures vectors like g."""
-    if P.shape != (g.numel(), g.numel()):
-        raise ValueError(f"norm has shape {tuple(P.shape)}; pass ({g.numel()}, {g.numel()}) to match g")
+    """The Cholesky factor of P, if P can measure vectors like g."""
+    shape = (g.numel(), g.numel())
+    if P.shape != shape:
+        raise ValueError(f"norm has shape {tuple(P.shape)}; pass {shape} to match g")
     factor, failed = torch.linalg.cholesky_ex(P)
     if failed or not torch.allclose(P, P.T):
-        raise ValueError("norm is not symmetric positive definite; pass P = Pᵀ with positive eigenvalues")
+        raise ValueError(
+            "norm is not symmetric positive definite; "
+            "pass P = Pᵀ with positive eigenvalues"
+        )
     return factor
 
 
-# %% 01_steepest_descent sec-line-search 1 f2a13a6c
+# %% 01_steepest_descent sec-line-search 1 f123f1f4
 @torch.no_grad()
 def backtracking(
     loss: Callable[[Tensor], Tensor], x: Tensor, d: Tensor, g: Tensor,
     *, lr: float = 1.0, c: float = 1e-4, shrink: float = 0.5, limit: int = 100,
 ) -> float:  # fmt: skip
-    """The first of ``lr, shrink·lr, shrink²·lr, …`` with ``loss(x + t d) ≤ loss(x) + c t ⟨g, d⟩``.
+    """The first of ``lr, shrink·lr, shrink²·lr, …`` with ``loss(x + t d) ≤
+    loss(x) + c t ⟨g, d⟩``.
 
-    Differences below the round-off of ``loss(x)`` count as equal, so the search also ends at a minimum. A loss that
-    is not a number is refused like one that is too large.
+    Differences below the round-off of ``loss(x)`` count as equal, so the search
+    also ends at a minimum. A loss that is not a number is refused like one that
+    is too large.
 
     Args:
         loss: The function, called without gradients.
@@ -280,7 +332,8 @@ def backtracking(
         d: Descent direction, same shape.
         g: Gradient at ``x``, same shape.
         lr: First step tried, in (0, ∞). Default 1.
-        c: Fraction of the promised decrease to insist on, in (0, 1). Default 1e-4.
+        c: Fraction of the promised decrease to insist on, in (0, 1). Default
+            1e-4.
         shrink: Factor β between trials, in (0, 1). Default 0.5.
         limit: Number of trials, at least 1. Default 100.
 
@@ -291,27 +344,39 @@ def backtracking(
         ValueError: An argument out of range, or ``d`` does not point downhill.
         RuntimeError: No trial was accepted: the gradient and the loss disagree.
 
-    Source: Armijo (1966), doi 10.2140/pjm.1966.16.1; Nocedal & Wright (2006), algorithm 3.1. Chapter 01, eq-armijo.
+    Source: Armijo (1966), doi 10.2140/pjm.1966.16.1; Nocedal & Wright (2006),
+        algorithm 3.1. Chapter 01, eq-armijo.
     """
-    for name, value, interval in [("lr", lr, "(0, inf)"), ("c", c, "(0, 1)"), ("shrink", shrink, "(0, 1)")]:
-        check_range(name, value, interval)
+    for name, value in {"c": c, "shrink": shrink}.items():
+        check_range(name, value, "(0, 1)")
+    check_range("lr", lr, "(0, inf)")
+    if limit < 1:
+        raise ValueError(f"limit={limit} allows no trial; pass 1 or more")
     slope = float((g * d).sum())
     if not slope < 0:
-        raise ValueError(f"d has slope ⟨g, d⟩ = {slope:g}; pass a descent direction, such as -g (where g is not 0)")
+        raise ValueError(
+            f"d has slope ⟨g, d⟩ = {slope:g}; "
+            "pass a descent direction, such as -g (where g is not 0)"
+        )
     f = float(loss(x))
     rounding = 4 * torch.finfo(x.dtype).eps * abs(f)
     for k in range(limit):
         t = lr * shrink**k
         if float(loss(x + t * d)) <= f + c * t * slope + rounding:
             return t
-    raise RuntimeError(f"no step down to {t:.3g} lowers the loss; make sure that g is its gradient, or raise limit")
+    raise RuntimeError(
+        f"no step down to {t:.3g} lowers the loss; "
+        "make sure that g is its gradient, or raise limit"
+    )
 
 
-# %% 01_steepest_descent sec-beyond-quadratics 1 4ccc064f
+# %% 01_steepest_descent sec-beyond-quadratics 1 26a249fd
 class Rosenbrock(Problem):
-    """Rosenbrock's curved valley, ``Σ_i steepness·(x_{i+1} − x_i²)² + (1 − x_i)²``.
+    """Rosenbrock's curved valley, ``Σ_i steepness·(x_{i+1} − x_i²)² + (1 −
+    x_i)²``.
 
-    The global minimum is 0, at (1, …, 1). From four dimensions on there is a second, local minimum near (−1, 1, …, 1).
+    The global minimum is 0, at (1, …, 1). From four dimensions on there is a
+    second, local minimum near (−1, 1, …, 1).
 
     Args:
         dim: Dimension, at least 2. Default 2.
@@ -323,27 +388,31 @@ class Rosenbrock(Problem):
     Raises:
         ValueError: An argument out of range.
 
-    Source: Rosenbrock (1960), doi 10.1093/comjnl/3.3.175. Chapter 01, "When the function is not a quadratic".
+    Source: Rosenbrock (1960), doi 10.1093/comjnl/3.3.175. Chapter 01, "When the
+        function is not a quadratic".
     """
 
     def __init__(self, dim: int = 2, steepness: float = 100.0) -> None:
         if dim < 2:
-            raise ValueError(f"dim={dim} is too small for a valley; pass 2 or more")
+            raise ValueError(f"dim={dim} is no valley; pass 2 or more")
         check_range("steepness", steepness, "(0, inf)")
         self.steepness = steepness
         self.minimizer = torch.ones(dim, dtype=torch.float64)
         self.minimum = 0.0
-        self.start = torch.tensor([-1.2, 1.0], dtype=torch.float64).repeat((dim + 1) // 2)[:dim]
+        pair = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+        self.start = pair.repeat((dim + 1) // 2)[:dim]
 
     def loss(self, x: Tensor) -> Tensor:
         """The value at ``x``; a batch ``(…, dim)`` gives a batch ``(…)``."""
         here, after = x[..., :-1], x[..., 1:]
-        return (self.steepness * (after - here**2) ** 2 + (1 - here) ** 2).sum(-1)
+        across, along = after - here**2, 1 - here
+        return (self.steepness * across**2 + along**2).sum(-1)
 
 
-# %% 01_steepest_descent sec-digits 1 f8a2c4be
+# %% 01_steepest_descent sec-digits 1 d08ac101
 class LogisticRegression(Problem):
-    """Softmax regression: mean cross-entropy plus ``l2/2 · ‖W‖²``, with a unique, exactly computed optimum.
+    """Softmax regression: mean cross-entropy plus ``l2/2 · ‖W‖²``, with a
+    unique, exactly computed optimum.
 
     Args:
         X: Inputs, ``(n, d)``; they set dtype and device.
@@ -352,32 +421,41 @@ class LogisticRegression(Problem):
         bias: Append a constant 1 to every input. Default True.
 
     Attributes:
-        inputs: ``(n, d + 1)`` with bias, else ``(n, d)``. The parameter W has one row per class, one column per input.
+        inputs: ``(n, d + 1)`` with bias, else ``(n, d)``. The parameter W has
+            one row per class, one column per input.
         start: W = 0.
         minimizer, minimum: The optimum, solved for on first use.
-        L, mu: Bounds on the Hessian's eigenvalues that hold everywhere; ``mu`` is attained.
+        L, mu: Bounds on the Hessian's eigenvalues that hold everywhere; ``mu``
+            is attained.
 
     Raises:
-        ValueError: Shapes that do not match, fewer than two classes, values that are not finite, ``l2`` ≤ 0.
+        ValueError: Shapes that do not match, fewer than two classes, values
+            that are not finite, ``l2`` ≤ 0.
         TypeError: ``y`` is not of integer type.
 
-    Source: Böhning (1992), doi 10.1007/BF00048682. Chapter 01, eq-softmax-gradient to eq-softmax-smoothness.
+    Source: Böhning (1992), doi 10.1007/BF00048682. Chapter 01,
+        eq-softmax-gradient to eq-softmax-smoothness.
     """
 
-    def __init__(self, X: Tensor, y: Tensor, *, l2: float = 1e-3, bias: bool = True) -> None:
+    def __init__(
+        self, X: Tensor, y: Tensor, *, l2: float = 1e-3, bias: bool = True
+    ) -> None:
         check_range("l2", l2, "(0, inf)")
         classes = _check_classes(X, y)
-        self.inputs = torch.cat([X, X.new_ones(len(X), 1)], dim=1) if bias else X
+        ones = X.new_ones(len(X), int(bias))
+        self.inputs = torch.cat([X, ones], dim=1)
         self.targets = torch.nn.functional.one_hot(y, classes).to(X.dtype)
         self.l2 = l2
         self.start = X.new_zeros(classes, self.inputs.shape[1])
-        self.L = float(torch.linalg.eigvalsh(self.inputs.T @ self.inputs / len(X))[-1]) / 2 + l2
+        second_moment = self.inputs.T @ self.inputs / len(X)
+        self.L = float(torch.linalg.eigvalsh(second_moment)[-1]) / 2 + l2
         self.mu = l2
 
     def loss(self, W: Tensor) -> Tensor:
-        """Mean cross-entropy plus the penalty, at ``W`` of shape (K, inputs)."""
+        """Mean cross-entropy plus the penalty; ``W`` has one row per class."""
         log_p = (self.inputs @ W.T).log_softmax(dim=1)
-        return -(self.targets * log_p).sum() / len(log_p) + self.l2 / 2 * (W * W).sum()
+        fit = -(self.targets * log_p).sum() / len(log_p)
+        return fit + self.l2 / 2 * (W * W).sum()
 
     def gradient(self, W: Tensor) -> Tensor:
         """``(p − y)ᵀ X / n + l2 · W``."""
@@ -385,11 +463,12 @@ class LogisticRegression(Problem):
         return (p - self.targets).T @ self.inputs / len(p) + self.l2 * W
 
     def hessian(self, W: Tensor) -> Tensor:
-        """``Σ (diag p − p pᵀ) ⊗ x xᵀ / n + l2 · I``, for W flattened row by row."""
+        """``Σ (diag p − p pᵀ) ⊗ x xᵀ / n + l2 · I``, W flattened row by row."""
         p = (self.inputs @ W.T).softmax(dim=1)
         S = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-        H = torch.einsum("nkl,ni,nj->kilj", S, self.inputs, self.inputs) / len(p)
-        return H.reshape(W.numel(), W.numel()) + self.l2 * torch.eye(W.numel(), dtype=W.dtype, device=W.device)
+        a, eye = self.inputs, torch.eye(W.numel()).to(W)
+        H = torch.einsum("nkl,ni,nj->kilj", S, a, a) / len(p)
+        return H.reshape(eye.shape) + self.l2 * eye
 
     @cached_property
     def minimizer(self) -> Tensor:
@@ -399,7 +478,8 @@ class LogisticRegression(Problem):
             g = self.gradient(W)
             if g.norm() <= 100 * eps:
                 break
-            d = -torch.linalg.solve(self.hessian(W), g.reshape(-1)).reshape(W.shape)
+            step = torch.linalg.solve(self.hessian(W), g.flatten())
+            d = -step.reshape(W.shape)
             W = W + backtracking(self.loss, W, d, g) * d
         return W
 
@@ -409,27 +489,37 @@ class LogisticRegression(Problem):
         return float(self.loss(self.minimizer))
 
 
-# %% 01_steepest_descent sec-digits 2 67b8114e
-def digits(*, center: bool = False, scale: bool = False, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+# %% 01_steepest_descent sec-digits 2 cba40db0
+def digits(
+    *,
+    center: bool = False,
+    scale: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
     """Scikit-learn's 1797 handwritten digits, 8×8 pixels.
 
     Args:
         center: Subtract each pixel's mean. Default False.
-        scale: Divide each pixel by its standard deviation (pixels that never change are left alone). Default False.
+        scale: Divide each pixel by its standard deviation (pixels that never
+            change are left alone). Default False.
         dtype: Of the images. Default float64.
 
     Returns:
-        Images ``(1797, 64)``, in [0, 1] unless centred or scaled, and classes ``(1797,)``, int64.
+        Images ``(1797, 64)``, in [0, 1] unless centred or scaled, and classes
+        ``(1797,)``, int64.
 
     Raises:
         ImportError: Scikit-learn is not installed.
 
-    Source: Alpaydin & Kaynak (1998), doi 10.24432/C50P49. Chapter 01, "A real problem".
+    Source: Alpaydin & Kaynak (1998), doi 10.24432/C50P49. Chapter 01, "A real
+        problem".
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError("digits() needs scikit-learn: pip install scikit-learn") from None
+        raise ImportError(
+            "digits() needs scikit-learn: pip install scikit-learn"
+        ) from None
     X, y = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     X = X.to(torch.float64) / 16
     deviation = X.std(dim=0)
@@ -441,13 +531,23 @@ def digits(*, center: bool = False, scale: bool = False, dtype: torch.dtype = to
 
 
 def _check_classes(X: Tensor, y: Tensor) -> int:
-    """The number of classes, after making sure that X and y are a classification problem."""
+    """The number of classes, if X and y are a classification problem."""
     if X.ndim != 2 or y.shape != X.shape[:1] or len(y) == 0:
-        raise ValueError(f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}; pass (n, d) and (n,), with n ≥ 1")
+        raise ValueError(
+            f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}; "
+            "pass (n, d) and (n,), with n ≥ 1"
+        )
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"y has dtype {y.dtype}; pass integer classes, such as y.long()")
+        raise TypeError(
+            f"y has dtype {y.dtype}; pass integer classes, such as y.long()"
+        )
     if not torch.isfinite(X).all():
-        raise ValueError("X holds values that are not finite; remove or replace them")
+        raise ValueError(
+            "X holds values that are not finite; remove or replace them"
+        )
     if y.min() < 0 or y.max() < 1:
-        raise ValueError(f"y holds classes {int(y.min())} to {int(y.max())}; pass 0 to K−1, with at least two classes")
+        raise ValueError(
+            f"y holds classes {int(y.min())} to {int(y.max())}; "
+            "pass 0 to K−1, with at least two classes"
+        )
     return int(y.max()) + 1

@@ -11,13 +11,16 @@ from literate.source import Book
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 is success, 1 a finding or a failed cell, 2 malformed input."""
+    """Run one verb; 0 is success, 1 a finding or a failed cell, 2 malformed input, 130 an interruption."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
     except SourceError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; every file is the old or the new one, a rerun completes", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

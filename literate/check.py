@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from literate import notebook
-from literate.depend import MAGIC, code_cells, syntax
+from literate.depend import code_cells, magics, syntax
 from literate.myst import SourceError, directive, parse
 from literate.plain import Plain, figure_caption
 from literate.source import PACKAGE, Book, Cell, Chapter
@@ -43,12 +43,12 @@ def check(book: Book) -> list[Finding]:
     for chapter in book.chapters:
         findings += _text(book, chapter)
         findings += _code(book, chapter)
+        stored = None
         try:
             stored = notebook.read(chapter)
             findings += _notebook(book, chapter, stored)
         except SourceError as error:
             findings.append(Finding(error.file, error.line, error.message))
-            continue
         if stored is None:
             checked |= chapter.labels.keys()  # nothing more to say about a chapter without a notebook
             continue
@@ -78,7 +78,8 @@ def _package(book: Book) -> Iterator[Finding]:
         elif path not in wanted:
             yield Finding(name, 1, "no chapter exports to this module any more; run `python -m literate tangle`")
         elif (text := path.read_text("utf-8")) != wanted[path]:
-            yield Finding(name, first_difference(text, wanted[path]), "older than the chapters; run `python -m literate tangle`")
+            line = first_difference(text, wanted[path])
+            yield Finding(name, line, "older than the chapters; run `python -m literate tangle`")
 
 
 def _contents(book: Book) -> Iterator[Finding]:
@@ -138,12 +139,10 @@ def _code(book: Book, chapter: Chapter) -> Iterator[Finding]:
         except SourceError as error:
             yield Finding(error.file, error.line, error.message)
             continue
-        try:
-            ast.parse(cell.source)
-        except SyntaxError:
-            for magic in MAGIC.finditer(cell.source):
-                line = cell.line + cell.source.count("\n", 0, magic.start(2))
-                yield Finding(chapter.file, line, f"a raw magic, {magic[2][:30]}; write Python, nbval lets magics fail")
+        for offset, text in magics(cell.source):
+            yield Finding(
+                chapter.file, cell.line + offset, f"a raw magic, {text[:30]}; write Python, nbval hides failures"
+            )
         asserts = False
         for node in ast.walk(tree):
             name = _called(node)
@@ -183,8 +182,7 @@ def _notebook(book: Book, chapter: Chapter, stored: Any) -> Iterator[Finding]:
     elif notebook.edited(stored):
         yield Finding(name, 1, f"edited by hand; run `python -m literate weave --force {chapter.stem}`")
     else:
-        text = notebook.finish(notebook.render(book, chapter), notebook.outputs(stored))
-        if text != chapter.notebook.read_text("utf-8"):
+        if notebook.finish(notebook.render(book, chapter), notebook.outputs(stored)) != stored:
             yield Finding(name, 1, f"the text has changed; run `python -m literate weave {chapter.stem}`")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 
 from literate.myst import SourceError
 from literate.source import PACKAGE, Book, Cell, Chapter, digest, shown
@@ -27,62 +29,83 @@ def code_cells(chapter: Chapter) -> list[int]:
 def used(book: Book, chapter: Chapter) -> dict[str, int]:
     """The modules a chapter uses, directly or through others, with the line of the cell that brings each in."""
     lines: dict[str, int] = {}
-    trees = [(syntax(chapter, cell), cell.line) for cell in chapter.cells if cell.kind == "code"]
-    aliases = {alias for tree, _ in trees for alias in _aliases(tree)}
-    for tree, line in trees:
-        for module in _modules(book, tree, aliases):
+    found = [(_mentions(syntax(chapter, cell)), cell.line) for cell in chapter.cells if cell.kind == "code"]
+    aliases = frozenset().union(*(mentions.aliases for mentions, _ in found))
+    for mentions, line in found:
+        for module in mentions.modules(book, aliases):
             lines.setdefault(module, line)
     todo = list(lines)
     while todo:
         module = todo.pop()
-        tree = ast.parse("\n".join(export.code for _, export in book.modules[module]))
-        for name in _modules(book, tree, set(_aliases(tree))):
+        mentions = _mentions(parsed("\n".join(export.code for _, export in book.modules[module])))
+        for name in mentions.modules(book, mentions.aliases):
             if name not in lines:
                 lines[name] = lines[module]
                 todo.append(name)
     return lines
 
 
+@cache
+def parsed(code: str) -> ast.Module:
+    return ast.parse(code)
+
+
 def syntax(chapter: Chapter, cell: Cell) -> ast.Module:
     """A code cell's syntax tree; magics, which `check` reports, count as `pass`."""
     try:
-        return ast.parse(cell.source)
+        return parsed(cell.source)
     except SyntaxError as error:
         try:
-            return ast.parse(MAGIC.sub(r"\1pass", cell.source))
+            return parsed(MAGIC.sub(r"\1pass", cell.source))
         except SyntaxError:
             line = cell.line + (error.lineno or 1) - 1
             raise SourceError(chapter.file, line, f"syntax error: {error.msg}; mend the cell") from None
 
 
-def _aliases(tree: ast.Module) -> Iterator[str]:
-    """The names under which code imports the package itself."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (a.asname or PACKAGE for a in node.names if a.name == PACKAGE or not a.asname)
+def magics(code: str) -> list[tuple[int, str]]:
+    """The IPython magics in a cell, each with its line within."""
+    try:
+        parsed(code)
+    except SyntaxError:
+        return [(code.count("\n", 0, match.start(2)), match[2]) for match in MAGIC.finditer(code)]
+    return []
 
 
-def _modules(book: Book, tree: ast.Module, aliases: set[str]) -> Iterator[str]:
-    """The modules that code names; a use of the package that cannot be told apart counts as all of them."""
-    told: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
-            names = [node.module.split(".")[1]]
-        elif isinstance(node, ast.Import):
-            names = [a.name.split(".")[1] for a in node.names if a.name.startswith(f"{PACKAGE}.")]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
-            told.add(node.value)
-            names = [node.attr]
-        for name in names:
-            if name == "*":
-                yield from book.modules
-            elif name in book.modules:
+@dataclass(frozen=True)
+class Mentions:
+    """How a piece of code names the package."""
+
+    aliases: frozenset[str]  # the names under which it imports the package itself
+    imports: tuple[str, ...]  # what it imports from the package
+    attributes: tuple[tuple[str, str], ...]  # every `name.attribute`
+    bare: frozenset[str]  # every name read otherwise
+
+    def modules(self, book: Book, aliases: frozenset[str]) -> Iterator[str]:
+        """The modules mentioned; a use of the package that cannot be told apart counts as all of them."""
+        for name in [*self.imports, *(attribute for owner, attribute in self.attributes if owner in aliases)]:
+            if name in book.modules:
                 yield name
             elif name in book.public:
                 yield book.public[name]
-    bare = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in aliases and n not in told)
-    if any(isinstance(node.ctx, ast.Load) for node in bare):
-        yield from book.modules
+        if "*" in self.imports or self.bare & aliases:
+            yield from book.modules
+
+
+@cache
+def _mentions(tree: ast.Module) -> Mentions:
+    aliases, imports, attributes, owners, bare = set(), [], [], set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            ours = [alias for alias in node.names if alias.name.split(".")[0] == PACKAGE]
+            imports += [alias.name.split(".")[1] for alias in ours if "." in alias.name]
+            aliases |= {alias.asname or PACKAGE for alias in ours if alias.name == PACKAGE or not alias.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
+            imports += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
+            imports.append(node.module.split(".")[1])
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            attributes.append((node.value.id, node.attr))
+            owners.add(node.value)  # met before the name itself: the walk goes from the outside in
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node not in owners:
+            bare.add(node.id)
+    return Mentions(frozenset(aliases), tuple(imports), tuple(attributes), frozenset(bare))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,9 +49,14 @@ def _parser() -> MarkdownIt:
     )
 
 
+@cache
+def _tokens(text: str) -> list[Token]:
+    return _parser().parse(text)
+
+
 def parse(text: str, file: str, line: int = 1) -> list[Token]:
     """Block tokens of `text`, which starts at `line` of `file`; unclosed blocks raise."""
-    tokens = _parser().parse(text)
+    tokens = _tokens(text)
     lines = text.splitlines()
     for token in tokens:
         if token.type in ("fence", "colon_fence"):
@@ -95,13 +99,6 @@ def directive(token: Token, file: str, line: int = 1) -> Directive | None:
         skip += 1
     text = "\n".join(body[skip:]).rstrip()
     return Directive(match[1], match[2].strip(), options, text, start, start + 1 + skip)
-
-
-def directives(text: str, file: str, line: int = 1) -> Iterator[Directive]:
-    """The directives of `text` that are not inside another one."""
-    for token in parse(text, file, line):
-        if found := directive(token, file, line):
-            yield found
 
 
 def read_yaml(text: str, file: str, line: int) -> dict:

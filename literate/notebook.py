@@ -100,8 +100,8 @@ def render(book: Book, chapter: Chapter) -> NotebookNode:
     return nbformat.from_dict({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5})
 
 
-def finish(notebook: NotebookNode, outputs: list[list[Any]]) -> str:
-    """The text of a notebook with the outputs of its code cells."""
+def finish(notebook: NotebookNode, outputs: list[list[Any]]) -> NotebookNode:
+    """The notebook with the outputs of its code cells."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for number, (cell, found) in enumerate(zip(code, outputs, strict=True), 1):
         cell.execution_count = number
@@ -110,7 +110,7 @@ def finish(notebook: NotebookNode, outputs: list[list[Any]]) -> str:
             if output.output_type == "execute_result":
                 output.execution_count = number
     notebook.metadata.guided_descent["cells"] = _cells_digest(notebook)
-    return nbformat.writes(notebook) + "\n"
+    return notebook
 
 
 def read(chapter: Chapter) -> NotebookNode | None:
@@ -118,7 +118,7 @@ def read(chapter: Chapter) -> NotebookNode | None:
     if not chapter.notebook.exists():
         return None
     try:
-        notebook = nbformat.read(chapter.notebook, as_version=4)
+        notebook = nbformat.v4.reads(chapter.notebook.read_text("utf-8"))
         nbformat.validate(notebook)
         return notebook
     except Exception as error:  # nbformat raises whatever its JSON and schema readers raise

@@ -65,8 +65,10 @@ class Plain:
                 continue
             out += lines[done:start] + ([] if new is None else [new])
             done = end
+            while new is None and done < len(lines) and not lines[done] and not (out and out[-1]):
+                done += 1  # one gap where there were two
         out += lines[done:]
-        return re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip("\n")
+        return "\n".join(out).strip("\n")
 
     def equation(self, tex: str, label: str, one_line: bool = False) -> str:
         tex = self.expand(tex).strip()

@@ -155,14 +155,16 @@ def api_page(app: Any, docname: str, source: list[str]) -> None:
     if docname != API:
         return
     for module, pairs in book(str(app.srcdir)).modules.items():
+        home = f"{PACKAGE}.{module}"
         chapters = " and ".join(dict.fromkeys(f"{{doc}}`/{chapter.docname}`" for chapter, _ in pairs))
-        source[0] += (f"\n\n(api-{module})=\n## `{module}`\n\nFrom the chapter {chapters}.\n\n```{{eval-rst}}\n"
-                      f".. automodule:: {PACKAGE}.{module}\n   :members:\n   :show-inheritance:\n```\n")
-
-
-def skip_member(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
-    """Show every public name of a module, constants too; of a class, autodoc's choice: what it documents itself."""
-    return False if what == "module" and name in book(str(app.srcdir)).public else None
+        # automodule leaves out constants without a `#:` comment
+        names = [(name, e.code) for _, e in pairs for name in e.names]
+        constants = [name for name, code in names if not re.search(rf"^(class|def) {name}\b", code, re.MULTILINE)]
+        entries = [f".. automodule:: {home}", "   :members:", "   :show-inheritance:"]
+        entries += [f"   :exclude-members: {', '.join(constants)}"] if constants else []
+        entries += [line for name in constants for line in ("", f".. autodata:: {home}.{name}")]
+        source[0] += f"\n\n(api-{module})=\n## `{module}`\n\nFrom {chapters}.\n\n"
+        source[0] += "\n".join(["```{eval-rst}", *entries, "```", ""])
 
 
 def link_back(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -177,7 +179,8 @@ def link_back(app: Any, what: str, name: str, obj: Any, options: Any, lines: lis
             label = chapter.labels[export.section]
             where = f"{label.noun} {label.number}, :ref:`{label.name}`".strip()
             equations = " and ".join(f":eq:`{e.name}`" for e in nearest(chapter, export, label))
-            lines += ["", ".. container:: gd-derived", "", f"   Derived in {where}" + (f": {equations}." if equations else "."), ""]
+            sentence = f"Derived in {where}: {equations}." if equations else f"Derived in {where}."
+            lines += ["", ".. container:: gd-derived", "", f"   {sentence}", ""]
 
 
 def nearest(chapter: Chapter, export: Export, section: Label) -> list[Label]:
@@ -226,6 +229,9 @@ def git(root: Path, *arguments: str) -> str:
 
 def adjust_page(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
     """Colab opens the branch that carries the published notebooks; edits go to the branch that carries the text."""
+    # docutils' role for a reference is deprecated, and a list has to hold list items; sphinx-exercise repeats an id
+    body = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
+    context["body"] = re.sub(r'<section id="(\w+-content)">', r'<section class="\1">', body)
     for group in context.get("header_buttons", []):
         for button in group.get("buttons", []):
             if button.get("text") == "Colab":
@@ -265,7 +271,6 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("config-inited", configure, priority=900)
     app.connect("builder-inited", refuse_stale)
     app.connect("source-read", api_page)
-    app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-docstring", link_back, priority=900)  # after napoleon
     app.connect("env-get-updated", number_chapters, priority=900)
     app.connect("html-page-context", adjust_page, priority=900)
@@ -279,14 +284,19 @@ def setup(app: Any) -> dict[str, Any]:
 
 
 class Tee:
-    """Passes on what is written, and keeps it."""
+    """Keeps what is written, and passes on the lines that match."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.kept = stream, []
+    def __init__(self, stream: Any, only: str) -> None:
+        self.stream, self.only, self.kept, self.line = stream, only, "", ""
 
     def write(self, text: str) -> int:
-        self.kept.append(text)
-        return self.stream.write(text)
+        self.kept += text
+        self.line += text
+        if self.line.endswith(("\n", "\r")):
+            if re.search(self.only, self.line):
+                self.stream.write(self.line)
+            self.line = ""
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -300,14 +310,17 @@ def build(root: Path, out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".site-", dir=out.parent))
     try:
-        with contextlib.redirect_stderr(Tee(sys.stderr)) as errors:
+        with (
+            contextlib.redirect_stdout(Tee(sys.stdout, only=r"\[ *\d+%\]")),
+            contextlib.redirect_stderr(Tee(sys.stderr, only="(?!)")) as errors,
+        ):
             status = build_sphinx(
                 root, stage / "html", path_config=root / "_config.yml", noconfig=True, freshenv=True,
                 warningiserror=True, keep_going=True,
                 confoverrides={"external_toc_path": str(root / "_toc.yml"), "latex_individualpages": False},
             )
         if status != 0:
-            said = "".join(errors.kept).strip()
+            said = re.sub(r"\x1b\[[\d;]*m", "", errors.kept).replace(f"{root}/", "").strip()
             print(f"\nThe site was not built; {out} is as it was. What to mend:\n\n{said}", file=sys.stderr)
             return 1
         if out.exists():

@@ -18,7 +18,10 @@ from types import MappingProxyType
 from typing import Any
 
 import yaml
-from jupytext.myst import MystMetadataParsingError, myst_to_notebook
+from jupytext.myst import MystMetadataParsingError, myst_to_notebook, read_fenced_cell
+from markdown_it.token import Token
+from nbformat import ValidationError
+from nbformat.v4 import new_code_cell
 
 from literate.myst import SourceError, directive, parse, read_yaml
 
@@ -27,6 +30,7 @@ __all__ = ["Book", "Cell", "Chapter", "Export", "Label", "SourceError", "read_ch
 PACKAGE = "guided_descent"
 CHAPTERS = "[0-9][0-9]_*.md"
 ODD_BREAK = re.compile("[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+OPTIONS = "write `tags: [a, b]` and `mystnb: {image: {alt: …}, figure: {caption: …}}`"
 # The directives whose body is MyST again, and may hold labels.
 CONTAINERS = {
     "admonition", "note", "tip", "hint", "warning", "important", "caution", "attention", "danger", "error",
@@ -249,7 +253,7 @@ def _front_matter(text: str, file: str, *, required: bool) -> dict[str, Any]:
 def _cells(text: str, file: str) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
     """Kind, source, line and metadata of each cell, as jupytext reads them."""
     tokens = parse(text, file)
-    fences = iter([t for t in tokens if t.type == "fence" and t.level == 0 and t.info.startswith("{code-cell}")])
+    fences = [t for t in tokens if t.type == "fence" and t.level == 0 and t.info.startswith("{code-cell}")]
     for token in tokens:
         if token.type == "fence" and token.level and token.info.startswith("{code-cell}"):
             raise SourceError(file, token.map[0] + 1, "a code cell inside a list or quote; move it out")
@@ -264,13 +268,30 @@ def _cells(text: str, file: str) -> Iterator[tuple[str, str, int, dict[str, Any]
         line = fence + 1 + lines[fence].startswith("---") + (mark.line if mark else 0)
         problem = getattr(cause, "problem", None) or "cannot be read"
         raise SourceError(file, line, f"bad YAML in a cell's options: {problem}; mend the block") from None
+    except ValidationError:
+        wrong = next(fence for fence in fences if not _valid(fence))
+        raise SourceError(file, wrong.map[0] + 1, f"bad cell options; {OPTIONS}") from None
+    ends = [fence.map[1] for fence in fences]
     for cell, start in zip(notebook.cells, notebook.metadata["source_map"], strict=True):
         if cell.cell_type == "code":
-            line = next(fences).map[1] - len(cell.source.splitlines())
+            line = ends.pop(0) - len(cell.source.splitlines())
             line -= len(cell.source) - len(cell.source.rstrip("\n"))
         else:
             line = next(n for n, text in enumerate(lines[start:], start + 1) if text.strip())
-        yield cell.cell_type, cell.source, line, json.loads(json.dumps(cell.metadata, default=str))
+        metadata = json.loads(json.dumps(cell.metadata, default=str))
+        mystnb = metadata.get("mystnb", {})
+        mappings = [mystnb, *(mystnb.get(key, {}) for key in ("figure", "image") if isinstance(mystnb, dict))]
+        if not all(isinstance(mapping, dict) for mapping in mappings):
+            raise SourceError(file, line, f"bad cell options; {OPTIONS}")
+        yield cell.cell_type, cell.source, line, metadata
+
+
+def _valid(fence: Token) -> bool:
+    try:
+        new_code_cell(metadata=read_fenced_cell(fence, 0, "Code")[0])
+    except ValidationError:
+        return False
+    return True
 
 
 class _Labels:
@@ -287,8 +308,7 @@ class _Labels:
             if kind == "markdown":
                 self.markdown(source, line)
             elif figure := metadata.get("mystnb", {}).get("figure"):
-                caption = str(figure.get("caption", ""))
-                if caption:
+                if caption := str(figure.get("caption", "")):
                     self.numbered(figure.get("name"), "fig", "Figure", caption, line)
             self.chapter.cells.append(Cell(kind, source, line, metadata, self.section))
 

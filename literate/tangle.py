@@ -42,7 +42,7 @@ def split(text: str) -> list[Part]:
     parts = []
     for mark, end in zip(marks, ends, strict=True):
         body = text[mark.end() : end]
-        start = mark.end() + len(body) - len(body.lstrip("\n"))
+        start = mark.end() + (len(body) - len(body.lstrip("\n")) if body.strip() else 1)
         parts.append(Part(mark[1], mark[2], body.strip("\n").rstrip(), text.count("\n", 0, start) + 1))
     return parts
 
@@ -95,9 +95,12 @@ def hand_edit(path: Path, wanted: str | None) -> int | None:
 
 
 def first_difference(text: str, other: str) -> int:
-    """The first line of `text` that is not so in `other`."""
-    lines, others = text.split("\n"), other.split("\n")
-    return next((n for n, (a, b) in enumerate(zip(lines, others, strict=False), 1) if a != b), len(others))
+    """The first line of `text` that is not so in `other`; markers count only where nothing else differs."""
+    pairs = list(enumerate(zip(text.split("\n"), other.split("\n"), strict=False), 1))
+    different = [n for n, (a, b) in pairs if a != b]
+    return next(
+        (n for n in different if not MARKER.match(pairs[n - 1][1][0])), different[0] if different else len(pairs)
+    )
 
 
 def _join(banner: str, head: str, cells: list[tuple[str, str]]) -> str:

@@ -36,12 +36,15 @@ def untangle(book: Book) -> list[Edit]:
         lines = texts.get(path, path.read_text("utf-8")).split("\n")
         lines[start : start + edit.export.code.count("\n") + 1] = edit.code.split("\n")
         texts[path] = "\n".join(lines)
-    after = Book.load(book.root, texts)
+    try:
+        after = Book.load(book.root, texts)
+    except SourceError as error:
+        near = [edit for edit in found if edit.chapter.file == error.file and edit.export.line <= error.line] or found
+        edit = max(near, key=lambda edit: edit.export.line)
+        raise SourceError(edit.file, edit.line, f"the chapter cannot hold this edit ({error.message})") from None
     for edit in found:
         if all(export.code != edit.code for _, export in after.modules.get(edit.export.module, [])):
-            raise SourceError(
-                edit.file, edit.line, "the chapter cannot hold this edit; is a code fence or #| line in it?"
-            )
+            raise SourceError(edit.file, edit.line, "the chapter cannot hold this edit; does it hold a code fence?")
     commit(book.root, {**texts, **package(after)})
     return found
 

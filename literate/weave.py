@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
@@ -20,8 +21,9 @@ from tqdm import tqdm
 from literate import notebook
 from literate.depend import code_cells
 from literate.files import commit
+from literate.locate import locate
 from literate.myst import SourceError
-from literate.source import Book, Chapter, shown
+from literate.source import PACKAGE, Book, Chapter, shown
 
 SLOW = 60  # seconds
 CELL_TIMEOUT = 600  # seconds
@@ -79,23 +81,36 @@ def weave(
         if everything or notebook.stale(book, chapter, old) or notebook.edited(old):
             todo.append(chapter)
             continue
-        text = notebook.finish(pages[chapter.stem], notebook.outputs(old))
-        results[chapter.stem] = Woven(chapter, "rendered" if commit(book.root, {chapter.notebook: text}) else "current")
+        written = _write(book, chapter, notebook.finish(pages[chapter.stem], notebook.outputs(old)))
+        results[chapter.stem] = Woven(chapter, "rendered" if written else "current")
 
     def run(chapter: Chapter) -> Woven:
         page = pages[chapter.stem]
         start = time.perf_counter()
         try:
             outputs = execute(book, chapter, page, progress)
-            commit(book.root, {chapter.notebook: notebook.finish(page, outputs)})
+            _write(book, chapter, notebook.finish(page, outputs))
         except (CellFailure, SourceError) as error:
             return Woven(chapter, "failed", time.perf_counter() - start, str(error))
+        except Exception as error:  # a kernel that does not start, say: the other chapters go on
+            return Woven(chapter, "failed", time.perf_counter() - start, f"{chapter.file}:1: {error!r}; rerun")
+        finally:
+            progress.done(chapter.stem)
         return Woven(chapter, "executed", time.perf_counter() - start)
 
     total = sum(cell.cell_type == "code" for chapter in todo for cell in pages[chapter.stem].cells)
     with Progress(total) as progress, ThreadPoolExecutor(max(1, min(jobs or os.cpu_count() or 1, len(todo)))) as pool:
-        results |= {result.chapter.stem: result for result in pool.map(run, todo)}
+        try:
+            results |= {result.chapter.stem: result for result in pool.map(run, todo)}
+        except BaseException:  # Ctrl-C: let each kernel end its cell, start nothing more
+            progress.stopped = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [results[chapter.stem] for chapter in chapters]
+
+
+def _write(book: Book, chapter: Chapter, page: NotebookNode) -> bool:
+    return bool(commit(book.root, {chapter.notebook: nbformat.writes(page) + "\n"}))
 
 
 def execute(
@@ -120,12 +135,21 @@ def execute(
             except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
                 text = ANSI.sub("", getattr(error, "traceback", "") or str(error)).strip()
                 inside = re.findall(rf"Cell In\[{number}\], line (\d+)", text)
-                line = lines[number - 1] + (int(inside[-1]) - 1 if inside and number > 1 else 0)
+                place = f"{chapter.file}:{lines[number - 1] + (int(inside[-1]) - 1 if inside else 0)}"
+                if number == 1:
+                    place = _behind(book, text) or f"{chapter.file}:1"
                 last = text.splitlines()[-1] if text else type(error).__name__
-                raise CellFailure(
-                    f"{chapter.file}:{line}: cell {number} of {len(code)} failed: {last}\n{text}"
-                ) from None
+                raise CellFailure(f"{place}: cell {number} of {len(code)} failed: {last}\n{text}") from None
     return [cell.outputs for _, cell in code]
+
+
+def _behind(book: Book, traceback: str) -> str | None:
+    """The chapter line behind the innermost line of the package in a traceback: setup fails where the package does."""
+    places = re.findall(rf"{PACKAGE}/\w+\.py:\d+", traceback)
+    try:
+        return locate(book, places[-1]) if places else None
+    except SourceError:
+        return None
 
 
 def _environment(book: Book) -> dict[str, str]:
@@ -146,7 +170,8 @@ class Progress:
     """One bar over all cells, naming chapter and cell; a line a chapter where there is no terminal."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.lock, self.now = total, threading.Lock(), {}
+        self.total, self.lock, self.stopped = total, threading.Lock(), False
+        self.now: dict[str, str] = {}
 
     def __enter__(self) -> Progress:
         self.bar = tqdm(total=self.total, unit="cell", disable=not (self.total and sys.stderr.isatty()), leave=False)
@@ -156,16 +181,18 @@ class Progress:
         self.bar.close()
 
     def __call__(self, stem: str, number: int, of: int) -> None:
+        if self.stopped:
+            raise CellFailure(f"{stem}: interrupted before cell {number}")
         with self.lock:
             self.now[stem] = f"{stem} {number}/{of}"
-            if self.bar.disable:
-                if number == 1:
-                    print(f"{stem}: running {of} cells", file=sys.stderr, flush=True)
-                return
-            if number == of:
-                self.now.pop(stem)
             self.bar.set_description_str(", ".join(self.now.values()), refresh=False)
             self.bar.update()
+            if self.bar.disable and number == 1:
+                print(f"{stem}: running {of} cells", file=sys.stderr, flush=True)
+
+    def done(self, stem: str) -> None:
+        with self.lock:
+            self.now.pop(stem, None)
 
 
 def summary(results: list[Woven]) -> str:

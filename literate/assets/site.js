@@ -91,7 +91,7 @@ async function figures() {
 
 // What scrolls inside its own box must be reachable with the keyboard.
 function focusable() {
-  for (const box of document.querySelectorAll(".bd-article :is(pre, div.math, .pst-scrollable-table-container, .gd-scroll, dt.sig)")) {
+  for (const box of document.querySelectorAll(".bd-article :is(pre, div.math, .pst-scrollable-table-container, .gd-scroll)")) {
     if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
   }
 }

@@ -46,6 +46,6 @@ window.tippy = function (link, { content, onShow }) {
   link.addEventListener("pointerleave", hide);
   link.addEventListener("focus", () => link.matches(":focus-visible") && show());
   link.addEventListener("blur", hide);
-  addEventListener("scroll", hide, { passive: true });
+  addEventListener("scroll", () => card && place(), { passive: true });
   addEventListener("keydown", (event) => event.key === "Escape" && hide());
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Shelf:
     """A book in a folder, and the results of running the tool on it."""
 
     root: Path
-    capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str] | None
     out: str = ""
     err: str = ""
     first: str = FIRST
@@ -123,7 +124,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return make_shelf(tmp_path, monkeypatch.chdir, capsys)
 
 
-def make_shelf(root: Path, chdir: Callable[[Path], None], capsys: pytest.CaptureFixture[str]) -> Shelf:
+def make_shelf(root: Path, chdir: Callable[[Path], None], capsys: pytest.CaptureFixture[str] | None) -> Shelf:
     shelf = Shelf(root, capsys)
     shelf.write("_config.yml", "title: Tiny\nrepository: {url: https://github.com/me/tiny, branch: main}\n")
     shelf.write("_toc.yml", "format: jb-book\nroot: chapters/index\nchapters:\n- file: chapters/01_first\n")
@@ -138,4 +139,21 @@ def book(shelf: Shelf) -> Shelf:
     """A book of one chapter, tangled."""
     shelf.write("chapters/01_first.md", FIRST)
     assert shelf.run("tangle") == 0
+    return shelf
+
+
+@pytest.fixture(scope="session")
+def woven_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the book of one chapter, tangled and woven once for all tests."""
+    root = tmp_path_factory.mktemp("woven")
+    with pytest.MonkeyPatch.context() as patch:
+        make_shelf(root, patch.chdir, None).write("chapters/01_first.md", FIRST)
+        assert main(["weave"]) == 0
+    return root
+
+
+@pytest.fixture
+def woven(shelf: Shelf, woven_files: Path) -> Shelf:
+    """A book of one chapter, tangled and woven."""
+    shutil.copytree(woven_files, shelf.root, dirs_exist_ok=True)
     return shelf

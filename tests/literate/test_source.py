@@ -168,7 +168,8 @@ def test_exports(book):
 
 
 def test_public_names(book):
-    code = "A, (b, *c) = 1, (2, 3)\n_d = 4\nif A:\n    e: int = 5\nelse:\n    def f(): pass\ntry:\n    import g\nexcept E:\n    h = 0"
+    code = "A, (b, *c) = 1, (2, 3)\n_d = 4\nif A:\n    e: int = 5\nelse:\n    def f(): pass\n"
+    code += "try:\n    import g\nexcept E:\n    h = 0"
     book.edit(CHAPTER, "LIMIT = 10", code)
     assert Book.load().chapters[0].exports[1].names == ("A", "b", "c", "e", "f", "h")
 
@@ -191,6 +192,8 @@ MALFORMED = {
     "front matter a list": ("jupytext:\n  text", "- text", "kernelspec", "bad YAML"),
     "cell options": ("#| export\nLIMIT", "---\ntags: [a\n---\nLIMIT", "---\nLIMIT", "bad YAML"),
     "cell options short": ("#| export\nLIMIT", ":tags: [a\nLIMIT", ":tags", "bad YAML"),
+    "tags": ("#| export\nLIMIT", ":tags: hide-input\nLIMIT", "```{code-cell} python\n:tags", "bad cell options"),
+    "figure": ("#| export\nLIMIT", "---\nmystnb: {figure: name}\n---\nLIMIT", "LIMIT", "bad cell options"),
     "unclosed cell": ("return 2 * x\n```", "return 2 * x\n", "```{code-cell} python\n#| export\ndef", "unclosed fence"),
     "unclosed fence": ("Some prose", "```python\nSome prose", "```python\nSome", "unclosed fence"),
     "unclosed last": ('12")\n```', '12")', "```{code-cell} python\nassert", "unclosed fence"),
@@ -205,7 +208,7 @@ MALFORMED = {
     "twice across": ("def triple", "def double", "from guided_descent.maths", "double is already exported"),
     "module name": ("LIMIT = 10", "other = 10", "other = 10", "other is also the name of a module"),
     "before default": ("#| default_exp maths", "pass", "#| export\ndef", "`#| export` before any default_exp"),
-    "misspelt": ("#| export\nLIMIT", "#| exprot\nLIMIT", "#| exprot", "unknown directive `#| exprot`; did you mean `#| export`?"),
+    "misspelt": ("#| export\nLIMIT", "#| exprot\nLIMIT", "#| exprot", "did you mean `#| export`?"),
     "misspelt default": ("default_exp", "defualt_exp", "#| defualt", "did you mean `#| default_exp`?"),
     "strange": ("#| export\nLIMIT", "#| zzz\nLIMIT", "#| zzz", "use `#| export` or `#| default_exp NAME`"),
     "empty directive": ("#| export\nLIMIT", "#|\nLIMIT", "#|\nLIMIT", "unknown directive"),
@@ -215,10 +218,10 @@ MALFORMED = {
     "keyword module": ("#| export other", "#| export class", "#| export class", "class is no module name"),
     "directive below": ("LIMIT = 10", "LIMIT = 10\n#| export", "#| export\n```", "a directive below the first line"),
     "empty export": ("LIMIT = 10\n", "\n", "#| export\n\n", "an empty export cell"),
-    "code with default": ("#| default_exp maths", "#| default_exp maths\nx = 1", "#| default_exp", "code in a default_exp cell"),
+    "code with default": ("_exp maths", "_exp maths\nx = 1", "#| default_exp", "code in a default_exp cell"),
     "no label": ("(sec-triple)=\n", "", "#| export other", "an export cell in a section without a label"),
     "marker": ("LIMIT = 10", "LIMIT = 10\n# %% part", "# %% part", "a line that looks like a marker"),
-    "label twice": ("(sec-triple)=", "(sec-double)=", "(sec-double)=\n## Tripling", "label sec-double is also at line 11"),
+    "label twice": ("(sec-triple)=", "(sec-double)=", "(sec-double)=\n## Tripling", "is also at line 11"),
     "label twice in the book": ("(sec-triple)=", "(ch-second)=", "(ch-second)=", "label ch-second is also at"),
     "no title": ("# First things", "First things", 1, "no title"),
     "line break": ("Some prose", "Some\x0cprose", "Some\x0c", "a line break other than"),

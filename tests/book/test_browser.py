@@ -1,0 +1,261 @@
+"""The pages in a real browser: they draw, move, unfold, find, and are legible in light, dark and on a phone."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from literate.source import Book
+
+CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+# Without preloading, which asks for files that a stylesheet only names.
+AXE = {"preload": False, "resultTypes": ["violations"]}
+DESKTOP, PHONE = {"width": 1360, "height": 900}, {"width": 390, "height": 844}
+# What a reader must not see as text: mathematics and roles that were not rendered.
+RAW = r"\$\$|\\\(|\\\[|\\begin\{|\\frac|\{(eq|ref|numref|cite|term)[:\w]*\}|:::"
+PROSE = """() => {
+  const page = document.querySelector('.bd-article').cloneNode(true);
+  page.querySelectorAll('pre, code, script, style, mjx-container, .gd-plotly').forEach(e => e.remove());
+  return page.textContent;
+}"""
+# For axe, which takes seconds a thousand elements: MathJax answers for its own, and code repeats the same few colours.
+THIN = """() => {
+  document.querySelectorAll('mjx-container').forEach(e => e.remove());
+  [...document.querySelectorAll('.bd-article pre')].slice(6).forEach(e => e.remove());
+}"""
+BROKEN_IMAGES = """() => [...document.images].filter(i => !i.complete || !i.naturalWidth ||
+  (i.closest('.bd-article') && !i.alt.trim())).map(i => i.src)"""
+
+
+@dataclass
+class Visit:
+    """What was seen on one page: collected in one load, asserted by several tests."""
+
+    console: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    seen: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM:
+        message = "no Chromium: install it (Debian, Ubuntu: apt-get install chromium) to test the pages in a browser"
+        if os.environ.get("CI") or os.environ.get("GUIDED_DESCENT_REQUIRE_CHROMIUM"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+
+expect.set_options(timeout=15_000)
+
+
+def watch(page: Page, address: str) -> Visit:
+    """Record what the page complains of and what it asks for."""
+    visit = Visit()
+    page.on("console", lambda m: m.type in ("error", "warning") and visit.console.append(f"{m.type}: {m.text}"))
+    page.on("pageerror", lambda error: visit.console.append(str(error)))
+    page.on("response", lambda r: r.status >= 400 and visit.missing.append(f"{r.status} {r.url}"))
+
+    def route(route: Any) -> None:
+        visit.outside.append(route.request.url)
+        route.abort()
+
+    page.route(lambda url: not url.startswith((address, "data:", "blob:")), route)
+    return visit
+
+
+def settle(page: Page) -> None:
+    """Wait for the mathematics and the figures."""
+    page.evaluate("() => window.MathJax?.startup?.promise?.then(() => true)")
+    page.wait_for_function("() => [...document.querySelectorAll('.bd-article .gd-plotly')].every(p => p.dataset.drawn)")
+
+
+def violations(page: Page, *rules: str) -> list[str]:
+    found = Axe().run(page, options=AXE | ({"runOnly": list(rules)} if rules else {})).response["violations"]
+    return [
+        f"{v['id']}: {node['html'][:160]} {node['failureSummary'][:200]}"
+        for v in found if v["impact"] in ("serious", "critical") for node in v["nodes"][:3]
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def visits(browser: Browser, site: Path, address: str) -> dict[str, Visit]:
+    """Each page once: opened on a phone, widened to a desktop, turned dark."""
+    result = {}
+    for path in sorted(site.glob("chapters/*.html")):
+        context = browser.new_context(viewport=PHONE, color_scheme="light")
+        page = context.new_page()
+        visit = result[path.stem] = watch(page, address)
+        page.goto(f"{address}/chapters/{path.name}")
+        settle(page)
+        visit.seen = {
+            "prose": page.evaluate(PROSE),
+            "maths": page.locator("mjx-container").count(),
+            "unrendered": page.locator(".bd-article .math:not(:has(mjx-container))").count(),
+            "errors": page.locator("mjx-merror").count(),
+            "images": page.evaluate(BROKEN_IMAGES),
+            "phone": page.evaluate("document.documentElement.scrollWidth"),
+        }
+        page.set_viewport_size(DESKTOP)
+        visit.seen["desktop"] = page.evaluate("document.documentElement.scrollWidth")
+        page.evaluate(THIN)
+        visit.seen["light"] = violations(page)
+        page.emulate_media(color_scheme="dark")
+        page.wait_for_function("document.documentElement.dataset.theme == 'dark'")
+        visit.seen["dark"] = violations(page, "color-contrast")
+        context.close()
+    return result
+
+
+def test_nothing_in_the_console(visits: dict[str, Visit]) -> None:
+    assert not {name: visit.console for name, visit in visits.items() if visit.console}
+
+
+def test_no_request_leaves_the_site_and_none_fails(visits: dict[str, Visit]) -> None:
+    assert not {name: visit.outside for name, visit in visits.items() if visit.outside}
+    assert not {name: visit.missing for name, visit in visits.items() if visit.missing}
+
+
+def test_mathematics_is_rendered(visits: dict[str, Visit]) -> None:
+    assert sum(visit.seen["maths"] for visit in visits.values()) > 50
+    for name, visit in visits.items():
+        assert visit.seen["errors"] == visit.seen["unrendered"] == 0, name
+        assert not re.findall(RAW, visit.seen["prose"]), (name, re.findall(f".*(?:{RAW}).*", visit.seen["prose"])[:3])
+
+
+def test_images_load_and_have_alternative_text(visits: dict[str, Visit]) -> None:
+    assert not {name: visit.seen["images"] for name, visit in visits.items() if visit.seen["images"]}
+
+
+@pytest.mark.parametrize(("size", "limit"), [("phone", PHONE["width"]), ("desktop", DESKTOP["width"])])
+def test_no_horizontal_scroll(visits: dict[str, Visit], size: str, limit: int) -> None:
+    assert not {name: visit.seen[size] for name, visit in visits.items() if visit.seen[size] > limit}
+
+
+def test_axe_reports_nothing_serious_in_light_and_dark(visits: dict[str, Visit]) -> None:
+    for theme in ("light", "dark"):
+        assert not {name: visit.seen[theme] for name, visit in visits.items() if visit.seen[theme]}
+
+
+@pytest.fixture
+def desk(browser: Browser, address: str) -> Iterator[Page]:
+    context = browser.new_context(viewport=DESKTOP, color_scheme="light", base_url=address)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    visit = watch(page, address)
+    yield page
+    assert not visit.console and not visit.outside and not visit.missing
+    context.close()
+
+
+def pages_with(site: Path, text: str) -> list[str]:
+    return [path.name for path in sorted(site.glob("chapters/*.html")) if text in path.read_text("utf-8")]
+
+
+def test_sliders_move_their_figures(desk: Page, site: Path) -> None:
+    names = pages_with(site, 'class="gd-plotly"')
+    assert names
+    for name in names:
+        desk.goto(f"/chapters/{name}")
+        settle(desk)
+        for plot in desk.locator(".bd-article .gd-plotly").all():
+            shown = "plot => JSON.stringify(plot.data.map(t => [t.visible ?? true, t.x, t.y]))"
+            before = plot.evaluate(shown)
+            slider = plot.locator("xpath=following-sibling::div[contains(@class, 'gd-slider')][1]/input")
+            words = slider.get_attribute("aria-valuetext")
+            slider.focus()
+            slider.press("ArrowRight")
+            assert plot.evaluate(shown) != before, f"{name}: the slider moves nothing"
+            assert slider.get_attribute("aria-valuetext") != words
+
+
+def test_figures_follow_the_theme(desk: Page, site: Path) -> None:
+    name = pages_with(site, 'class="gd-plotly"')[0]
+    desk.goto(f"/chapters/{name}")
+    settle(desk)
+    axis = desk.locator(".bd-article .gd-plotly .xtick text").first
+    light = axis.evaluate("e => getComputedStyle(e).fill")
+    for _ in range(3):  # auto, light, dark
+        if desk.locator("html[data-theme=dark]").count():
+            break
+        desk.locator(".theme-switch-button:visible").first.click()
+    expect(desk.locator("html")).to_have_attribute("data-theme", "dark")
+    expect(axis).not_to_have_css("fill", light)
+    background = desk.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", background)[:3])) < 64
+
+
+def test_solutions_unfold(desk: Page, site: Path) -> None:
+    names = pages_with(site, "solution dropdown admonition")
+    assert names
+    desk.goto(f"/chapters/{names[0]}")
+    solution = desk.locator(".solution.dropdown").first
+    content = solution.locator("section p").first
+    expect(content).to_be_hidden()
+    solution.locator(".toggle-button").click()
+    expect(content).to_be_visible()
+
+
+def test_search_finds(desk: Page) -> None:
+    desk.goto("/search.html?q=Lipschitz")
+    expect(desk.locator("#search-results .search a, #search-results ul.search a").first).to_be_visible()
+
+
+def test_code_can_be_copied(desk: Page, book: Book) -> None:
+    chapter = book.chapters[0]
+    desk.goto(f"/{chapter.docname}.html")
+    cell = desk.locator("div.cell_input").first
+    cell.hover()
+    cell.locator("button.copybtn").click()
+    desk.wait_for_function("() => navigator.clipboard.readText().then(text => text.length > 0)")
+    assert desk.evaluate("navigator.clipboard.readText()").strip() == cell.locator("pre").inner_text().strip()
+
+
+def test_hovering_a_reference_shows_it(desk: Page, site: Path) -> None:
+    name = pages_with(site, 'href="#equation-')[0]
+    desk.goto(f"/chapters/{name}")
+    settle(desk)
+    desk.locator('.bd-article p a[href^="#equation-"]').first.hover()
+    expect(desk.locator(".gd-tip mjx-container").first).to_be_visible()
+    desk.keyboard.press("Escape")
+    expect(desk.locator(".gd-tip")).to_have_count(0)
+
+
+def test_buttons_lead_to_colab_and_to_the_source(desk: Page, book: Book) -> None:
+    owner_and_name = "/".join(book.repository.split("/")[-2:])
+    for chapter in book.chapters:
+        desk.goto(f"/{chapter.docname}.html")
+        links = {a.get_attribute("href") for a in desk.locator(".article-header-buttons a").all()}
+        assert f"https://colab.research.google.com/github/{owner_and_name}/blob/colab/{chapter.docname}.ipynb" in links
+        assert f"{book.repository}/edit/main/{chapter.docname}.md" in links
+        assert book.repository in links
