@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 030c3a50
+# %% head 67ff7cb5
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.core import (
@@ -14,6 +14,20 @@ from guided_descent.core import (
     Options,
     check_choice,
     check_range,
+)
+from guided_descent.noise import (
+    CriticalBatch,
+    NoiseBall,
+    NoiseScale,
+    Sampling,
+    critical_batch_size,
+    expected_loss,
+    gradient_covariance,
+    minibatches,
+    noise_ball,
+    noise_scale,
+    noise_scale_from_batches,
+    per_example_gradients,
 )
 from guided_descent.problems import (
     GradientDescent,
@@ -35,21 +49,33 @@ __all__ = [
     "ENGINES",
     "RANGES",
     "Batch",
+    "CriticalBatch",
     "Engine",
     "GradientDescent",
     "LogisticRegression",
     "Names",
+    "NoiseBall",
+    "NoiseScale",
     "Nonfinite",
     "Optimizer",
     "Options",
     "Problem",
     "Quadratic",
     "Rosenbrock",
+    "Sampling",
     "__version__",
     "backtracking",
     "check_choice",
     "check_range",
+    "critical_batch_size",
     "digits",
+    "expected_loss",
+    "gradient_covariance",
+    "minibatches",
+    "noise_ball",
+    "noise_scale",
+    "noise_scale_from_batches",
+    "per_example_gradients",
     "random_rotation",
     "rotation",
     "steepest_step",
