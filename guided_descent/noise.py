@@ -1,6 +1,6 @@
 # Generated from chapters/02_stochastic_gradients.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 99772fbb
+# %% head e346b6e1
 """Chapter 02, Stochastic gradients."""
 
 __all__ = [
@@ -146,17 +146,14 @@ def _functional(loss: Callable[..., Tensor], model: nn.Module) -> tuple[dict[str
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, one
 
 
-# %% 02_stochastic_gradients sec-noise-ball 1 004ead1e
+# %% 02_stochastic_gradients sec-noise-ball 1 854216be
 class NoiseBall(NamedTuple):
-    """Where SGD with a constant step comes to rest.
-
-    Attributes:
-        covariance: Stationary covariance V of the parameters around the minimizer, ``(d, d)``.
-        loss: Expected loss above the minimum, ``½ tr(H V)``; a scalar tensor.
-    """
+    """Where SGD with a constant step comes to rest."""
 
     covariance: Tensor
+    """Stationary covariance V of the parameters around the minimizer, ``(d, d)``."""
     loss: Tensor
+    """Expected loss above the minimum, ``½ tr(H V)``."""
 
 
 def noise_ball(H: Tensor, noise: Tensor, lr: float) -> NoiseBall:
@@ -217,19 +214,16 @@ def expected_loss(spectrum: Tensor, noise: Tensor, start: Tensor, lrs: Iterable[
     return torch.stack(losses)
 
 
-# %% 02_stochastic_gradients sec-noise-scale 1 cb271efc
+# %% 02_stochastic_gradients sec-noise-scale 1 5f29826a
 class NoiseScale(NamedTuple):
-    """How noisy gradients are.
-
-    Attributes:
-        scale: ``B_simple = tr Σ / ‖g‖²``, in examples; infinite where the data show no gradient at all.
-        trace: ``tr Σ``, the variance of a single example's gradient.
-        squared_norm: ``‖g‖²``; an unbiased estimate can come out negative.
-    """
+    """How noisy gradients are. Scalar tensors."""
 
     scale: Tensor
+    """``B_simple = tr Σ / ‖g‖²``, in examples; infinite where the data show no gradient at all."""
     trace: Tensor
+    """``tr Σ``, the variance of a single example's gradient."""
     squared_norm: Tensor
+    """``‖g‖²``; an unbiased estimate can come out negative."""
 
 
 def noise_scale_from_batches(
@@ -316,19 +310,16 @@ def _examples(batch: Any) -> int:
     return len(batch)
 
 
-# %% 02_stochastic_gradients sec-critical-batch 1 114f345f
+# %% 02_stochastic_gradients sec-critical-batch 1 555fa89c
 class CriticalBatch(NamedTuple):
-    """The trade of steps against examples, ``(S/S_min − 1)(E/E_min − 1) = 1``.
-
-    Attributes:
-        size: The critical batch size ``E_min / S_min``: twice the fewest steps and twice the fewest examples.
-        min_steps: Steps to the goal with unlimited batches.
-        min_examples: Examples to the goal with the smallest batches.
-    """
+    """The trade of steps against examples, ``(S/S_min − 1)(E/E_min − 1) = 1``."""
 
     size: float
+    """The critical batch size ``E_min / S_min``: twice the fewest steps and twice the fewest examples."""
     min_steps: float
+    """Steps to the goal with unlimited batches."""
     min_examples: float
+    """Examples to the goal with the smallest batches."""
 
 
 def critical_batch_size(batch_sizes: Sequence[float] | Tensor, steps: Sequence[float] | Tensor) -> CriticalBatch:

@@ -198,7 +198,8 @@ def test_expected_loss_agrees_with_simulated_chains_and_follows_many_step_sizes_
         e = e - lr * (lam * e + noise.sqrt() * normal(g, chains, 2))
     loss = (lam * e.square()).sum(1) / 2
     assert abs(loss.mean() - curve[-1]) < 5 * loss.std() / math.sqrt(chains)
-    many = expected_loss(lam, noise, torch.ones(2).double(), torch.tensor([[0.1, 0.3], [0.2, 0.1]], dtype=torch.float64))
+    both = torch.tensor([[0.1, 0.3], [0.2, 0.1]], dtype=torch.float64)
+    many = expected_loss(lam, noise, torch.ones(2).double(), both)
     for run, lrs in enumerate([(0.1, 0.2), (0.3, 0.1)]):
         assert close(many[:, run], expected_loss(lam, noise, torch.ones(2).double(), lrs))
     assert expected_loss(lam, noise, torch.ones(2).double(), []).shape == (1,)
@@ -272,7 +273,8 @@ def test_equal_batches_agree_with_the_two_batch_formula(seed, k, b):
     rows = C.reshape(k, b, 3)
     found = noise_scale(lambda batch: (batch @ w).mean(), [w], rows)
     small, big = rows.mean(1).square().sum(-1), C.mean(0).square().sum()
-    assert close(torch.stack(found[1:]), torch.stack(noise_scale_from_batches(small, big, batch_sizes=(b, k * b))[1:]), 1e-9)
+    other = noise_scale_from_batches(small, big, batch_sizes=(b, k * b))
+    assert close(torch.stack(found[1:]), torch.stack(other[1:]), 1e-9)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 24, [5, 19], [7, 7, 7, 3]])
