@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 67ff7cb5
+# %% head e82b6250
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.core import (
@@ -19,7 +19,6 @@ from guided_descent.noise import (
     CriticalBatch,
     NoiseBall,
     NoiseScale,
-    Sampling,
     critical_batch_size,
     expected_loss,
     gradient_covariance,
@@ -62,7 +61,6 @@ __all__ = [
     "Problem",
     "Quadratic",
     "Rosenbrock",
-    "Sampling",
     "__version__",
     "backtracking",
     "check_choice",

@@ -1,13 +1,12 @@
 # Generated from chapters/02_stochastic_gradients.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e346b6e1
+# %% head bcc08dd0
 """Chapter 02, Stochastic gradients."""
 
 __all__ = [
     "CriticalBatch",
     "NoiseBall",
     "NoiseScale",
-    "Sampling",
     "critical_batch_size",
     "expected_loss",
     "gradient_covariance",
@@ -19,7 +18,7 @@ __all__ = [
 ]
 
 
-# %% 02_stochastic_gradients sec-minibatch-noise 1 143b9238
+# %% 02_stochastic_gradients sec-minibatch-noise 1 4a1dd427
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -29,11 +28,14 @@ from torch import Tensor, nn
 
 from guided_descent.core import check_choice, check_range
 
-Sampling = Literal["shuffle", "without", "with"]
-
 
 def minibatches(
-    n: int, batch_size: int, steps: int, generator: torch.Generator | None = None, *, sampling: Sampling = "shuffle"
+    n: int,
+    batch_size: int,
+    steps: int,
+    generator: torch.Generator | None = None,
+    *,
+    sampling: Literal["shuffle", "without", "with"] = "shuffle",
 ) -> Iterator[Tensor]:
     """The indices of one minibatch for each step, such as ``train(…, batches=minibatches(n, 32, 1000, generator))``.
 
