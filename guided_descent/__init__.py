@@ -1,10 +1,20 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e82b6250
+# %% head c55a459d
 """Guided Descent: the package that the chapters of the book build."""
 
+from guided_descent.adaptive import (
+    AdEMAMix,
+    Adafactor,
+    Adagrad,
+    Adam,
+    AdamW,
+    NAdam,
+    RMSprop,
+)
 from guided_descent.core import (
     ENGINES,
+    OPTIONS,
     RANGES,
     Batch,
     Engine,
@@ -41,17 +51,30 @@ from guided_descent.problems import (
     steepest_step,
     trajectory,
 )
+from guided_descent.sgd import (
+    SGD,
+    optimal_momentum,
+    spectral_radius,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ENGINES",
+    "OPTIONS",
     "RANGES",
+    "SGD",
+    "AdEMAMix",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
     "Batch",
     "CriticalBatch",
     "Engine",
     "GradientDescent",
     "LogisticRegression",
+    "NAdam",
     "Names",
     "NoiseBall",
     "NoiseScale",
@@ -60,6 +83,7 @@ __all__ = [
     "Options",
     "Problem",
     "Quadratic",
+    "RMSprop",
     "Rosenbrock",
     "__version__",
     "backtracking",
@@ -73,9 +97,11 @@ __all__ = [
     "noise_ball",
     "noise_scale",
     "noise_scale_from_batches",
+    "optimal_momentum",
     "per_example_gradients",
     "random_rotation",
     "rotation",
+    "spectral_radius",
     "steepest_step",
     "trajectory",
 ]

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head bd5c55d7
+# %% head 4405f345
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-check 1 494d7059
+# %% 23_machinery sec-check 1 39098a1d
 import io
 import os
 import random
@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from guided_descent.core import check_range
 
 
 def check(label: str, actual: Any, expected: Any, *, tol: float = 1e-12, relation: str = "==") -> None:
@@ -43,15 +45,21 @@ def check(label: str, actual: Any, expected: Any, *, tol: float = 1e-12, relatio
         relation: ``"=="``, ``"<="`` or ``">="``.
 
     Raises:
-        AssertionError: The relation does not hold, the shapes differ, or a value is not a number.
-        ValueError: An unknown relation.
+        AssertionError: The relation does not hold, the shapes differ, there is nothing to compare, or a value is not
+            finite.
+        ValueError: An unknown relation, an order of complex numbers, or a tolerance that is not positive and finite.
 
     Source: appendix "The machinery".
     """
     signs = {"==": "", "<=": "≤ ", ">=": "≥ "}
     if relation not in signs:
         raise ValueError(f"relation={relation!r} is unknown; use one of {', '.join(map(repr, signs))}")
-    a, e = (np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x) for x in (actual, expected))
+    check_range("tol", tol, "(0, inf)")
+    a, e = _array(actual), _array(expected)
+    if relation != "==" and (np.iscomplexobj(a) or np.iscomplexobj(e)):
+        raise ValueError(f"relation={relation!r} does not order complex numbers; compare their absolute values")
+    if a.size == 0 or not np.isfinite(e).all():
+        raise AssertionError(f"({label}) compares nothing, or with something not finite: {e}")
     if e.ndim and a.shape != e.shape:
         raise AssertionError(f"({label}) compares shapes {a.shape} and {e.shape}")
     gap = {"==": abs(a - e), "<=": a - e, ">=": e - a}[relation]
@@ -62,7 +70,15 @@ def check(label: str, actual: Any, expected: Any, *, tol: float = 1e-12, relatio
     print(f"✓ ({label}) {signs[relation]}within {tol:g}")
 
 
-# %% 23_machinery sec-train 1 46bcece4
+def _array(x: Any) -> np.ndarray:
+    """In double precision, so that neither bfloat16 nor unsigned integers are in the way of a difference."""
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().to(torch.promote_types(x.dtype, torch.float64)).resolve_conj()
+    x = np.asarray(x)
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+# %% 23_machinery sec-train 1 c70375ac
 def seed(n: int = 0) -> torch.Generator:
     """Seed Python, NumPy and torch, and return a CPU generator with the same seed.
 
@@ -102,15 +118,16 @@ def train(
         optimizer: Any ``torch.optim.Optimizer``.
         steps: Number of steps, at least one.
         batches: One batch for each step; a step that calls the closure repeatedly sees the same one.
-        scheduler: Stepped once after each step.
-        record: Called as ``record(t)`` before step ``t``, with gradients off; the values it returns are stacked.
+        scheduler: Stepped once after each step; one whose ``step`` needs no argument.
+        record: Called as ``record(t)`` before step ``t``, with gradients off; the values it returns are stacked, under
+            any name but ``"loss"``.
         desc: The text beside the progress bar. ``GUIDED_DESCENT_PROGRESS=0`` in the environment hides the bar.
 
     Returns:
         ``"loss"`` before each step, and one tensor for each recorded name; the first axis is time.
 
     Raises:
-        ValueError: ``steps`` is less than one, or the batches end early.
+        ValueError: ``steps`` is less than one, the batches end early, or ``record`` uses the name ``"loss"``.
 
     Source: appendix "The machinery".
     """
@@ -124,25 +141,32 @@ def train(
         if record is not None:
             with torch.no_grad():
                 for name, value in record(t).items():
+                    if name == "loss":
+                        raise ValueError("record returned the name 'loss', which the loss itself has; choose another")
                     history.setdefault(name, []).append(torch.as_tensor(value).detach().clone())
         try:
             batch = () if stream is None else (next(stream),)
         except StopIteration:
             raise ValueError(f"batches ended at step {t} of steps={steps}; pass as many batches as steps") from None
 
-        def closure(batch: tuple[Any, ...] = batch) -> Tensor:
+        first: list[Tensor] = []
+
+        def closure(batch: tuple[Any, ...] = batch, first: list[Tensor] = first) -> Tensor:
             optimizer.zero_grad()
             value = loss(*batch)
             value.backward()
+            first.append(value.detach())
             return value
 
-        history["loss"].append(optimizer.step(closure).detach())
+        optimizer.step(closure)
+        history["loss"].append(first[0])
         if scheduler is not None:
             scheduler.step()
     return {name: torch.stack(values).cpu() for name, values in history.items()}
 
 
-# %% 23_machinery sec-figures 1 5b0d3d2f
+# %% 23_machinery sec-figures 1 7ca298a7
+#: The palette of Okabe and Ito: it survives colour blindness and grey print.
 COLORS = {
     "blue": "#0072B2",
     "orange": "#D55E00",
@@ -162,8 +186,8 @@ def style() -> None:
     """
     plt.rcParams.update(
         {
-            "figure.figsize": (6.4, 3.4),
-            "figure.dpi": 130,
+            "figure.figsize": (5.4, 3.2),
+            "figure.dpi": 150,
             "figure.facecolor": "white",
             "figure.constrained_layout.use": True,
             "font.size": 11,
@@ -189,7 +213,7 @@ def _png(figure: Figure) -> bytes:
 
     large, small = io.BytesIO(), io.BytesIO()
     figure.savefig(large, format="png", facecolor="white")
-    Image.open(large).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    Image.open(large).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(small, "png", optimize=True)
     return small.getvalue()
 
 

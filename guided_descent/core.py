@@ -1,10 +1,11 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4747e649
+# %% head ffe0d93b
 """Chapter 23, The machinery."""
 
 __all__ = [
     "ENGINES",
+    "OPTIONS",
     "RANGES",
     "Batch",
     "Engine",
@@ -17,15 +18,18 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-optimizer 1 4afe6464
+# %% 23_machinery sec-optimizer 1 3a0b082a
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+#: How a rule is run; see ``Options``.
 Engine = Literal["auto", "loop", "foreach", "fused", "compile"]
+#: What to do about a gradient that is not finite; see ``Options``.
 Nonfinite = Literal["propagate", "skip", "raise"]
 
 
@@ -36,10 +40,11 @@ class Options(TypedDict, total=False):
         maximize: Climb instead of descend. Default ``False``.
         engine: What runs the rule. ``"loop"``: one tensor after another. ``"foreach"``: lists of tensors through
             ``torch._foreach_*``, or same-shape matrices stacked. ``"fused"``: torch's own kernel, where it has one
-            for exactly this rule. ``"compile"``: one graph over all tensors, compiled at the first step.
+            for exactly this rule. ``"compile"``: one graph over all tensors, compiled at the first step; a change of
+            ``lr`` does not compile again, a change of another hyperparameter does.
             ``"auto"`` (the default): the fastest that is valid for the parameters at hand; it never compiles.
-        nonfinite: What to do about a gradient with an infinity or a NaN in it. ``"propagate"`` (the default of
-            elementwise rules): nothing, as torch does. ``"skip"``: leave parameters, state and step count as they
+        nonfinite: What to do about a gradient with an infinity or a NaN in it. ``"propagate"`` (the default):
+            nothing, as torch does. ``"skip"``: leave parameters, state and step count as they
             are, decided on the device without a host synchronisation and counted in ``skipped_steps``.
             ``"raise"``: a ``FloatingPointError`` before anything changes; this reads one number back to the host.
         state_dtype: Data type of the state. ``None`` (the default) means the parameter's, as in torch.
@@ -51,6 +56,10 @@ class Options(TypedDict, total=False):
     state_dtype: torch.dtype | None
 
 
+#: The defaults of ``Options``.
+OPTIONS: Options = {"maximize": False, "engine": "auto", "nonfinite": "propagate", "state_dtype": None}
+
+
 class Names:
     """Values by attribute, such as ``h.lr``. (``types.SimpleNamespace`` cannot be traced by ``torch.compile``.)"""
 
@@ -59,7 +68,8 @@ class Names:
             setattr(self, name, value)
 
 
-# %% 23_machinery sec-ranges 1 d9e2224f
+# %% 23_machinery sec-ranges 1 c9dc5982
+#: Valid ranges of the hyperparameters that mean the same in every optimizer.
 RANGES = {
     "lr": "[0, inf)",
     "momentum": "[0, 1)",
@@ -84,7 +94,7 @@ def check_range(name: str, value: float | Tensor, interval: str) -> None:
     """
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; pass a number in {interval} or a one-element tensor")
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number in {interval}")
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = low <= value if interval[0] == "[" else low < value
@@ -99,15 +109,18 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     Raises:
         ValueError: It is none of them; the message lists them.
     """
-    if value not in choices:
+    if not any(value is choice or value == choice for choice in choices):
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}")
 
 
-# %% 23_machinery sec-batch 1 916e3bc5
+# %% 23_machinery sec-batch 1 ebc006ad
 class Batch:
     """Many tensors that answer to the methods of one: each method is one ``torch._foreach_*`` call.
 
-    Numbers may be Python floats or one-element tensors. In-place methods return the batch, as a tensor's do.
+    Numbers may be Python floats or one-element tensors. In-place methods return the batch, as a tensor's do. A rule
+    may use the operators ``+ - * / **``, also in place, and every method for which torch has a list version: ``mul_``,
+    ``lerp_``, ``addcmul_``, ``addcdiv_``, ``sqrt``, ``abs``, ``sign``, ``maximum``, ``clamp_min``, ``reciprocal``, …
+    A reduction such as ``norm`` gives one number for each tensor. Functions such as ``torch.sign(g)`` do not work here.
 
     Args:
         tensors: The tensors; changed in place by in-place methods.
@@ -117,8 +130,8 @@ class Batch:
         self.tensors = tensors
 
     def __getattr__(self, name: str) -> Callable[..., "Batch"]:
-        if name.startswith("__"):
-            raise AttributeError(name)
+        if not hasattr(torch, f"_foreach_{name}"):
+            raise AttributeError(f"an elementwise rule has no .{name}: torch has no list version of it; see Batch")
         return lambda *args: self._call(name, *args)
 
     def _call(self, name: str, *args: Any) -> "Batch":
@@ -141,6 +154,9 @@ class Batch:
     def lerp_(self, x: "Batch", weight: Any) -> "Batch":
         return self.add_(x - self, weight) if isinstance(weight, Tensor) else self._call("lerp_", x, weight)
 
+    def sub_(self, x: Any, alpha: Any = 1) -> "Batch":
+        return self.add_(x, -alpha)
+
     def square(self) -> "Batch":
         return self * self
 
@@ -159,16 +175,37 @@ class Batch:
     def __truediv__(self, x: Any) -> "Batch":
         return self._call("div", x)
 
+    def __pow__(self, x: Any) -> "Batch":
+        return self._call("pow", x)
+
+    def __rsub__(self, x: Any) -> "Batch":
+        return -(self - x)
+
+    def __rtruediv__(self, x: Any) -> "Batch":
+        return self.reciprocal() * x
+
+    def __iadd__(self, x: Any) -> "Batch":
+        return self.add_(x)
+
+    def __isub__(self, x: Any) -> "Batch":
+        return self._call("sub_", x)
+
+    def __imul__(self, x: Any) -> "Batch":
+        return self._call("mul_", x)
+
+    def __itruediv__(self, x: Any) -> "Batch":
+        return self._call("div_", x)
+
     __radd__, __rmul__ = __add__, __mul__
 
 
-# %% 23_machinery sec-base-class 1 00e3693f
+# %% 23_machinery sec-base-class 1 1965c918
 class Optimizer(torch.optim.Optimizer):
     """The base of every optimizer here: it runs a subclass's ``rule`` over all parameters.
 
     A subclass has an ``__init__`` that passes its defaults on, a static ``rule(p, g, s, h)`` that changes the
     parameter ``p`` and its state ``s`` in place from the gradient ``g`` and what the group shares, ``h``; and, where
-    it needs them, ``init_state``, ``clock`` and ``fused``.
+    it needs them, ``init_state``, ``clocks`` with ``clock``, ``fused``, ``elementwise`` and ``ranges``.
 
     Args:
         params: Tensors, named tensors, or groups of them, as in ``torch.optim``.
@@ -177,7 +214,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: A hyperparameter of the wrong type; one of torch's keywords that ``engine=`` replaces.
-        ValueError: A hyperparameter outside its range; an unknown engine.
+        ValueError: A hyperparameter outside its range; an unknown ``engine`` or ``nonfinite``.
 
     Source: appendix "The machinery".
     """
@@ -201,11 +238,10 @@ class Optimizer(torch.optim.Optimizer):
         return super().__new__(cls)
 
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
-        common = {"maximize": False, "engine": "auto", "nonfinite": "propagate", "state_dtype": None}
-        if unknown := options.keys() - common:
-            raise TypeError(f"{type(self).__name__} has no {min(unknown)}=; use one of {', '.join(defaults | common)}")
+        if unknown := options.keys() - OPTIONS:
+            raise TypeError(f"{type(self).__name__} has no {min(unknown)}=; use one of {', '.join(defaults | OPTIONS)}")
         self.skipped: Tensor | None = None
-        super().__init__(params, {**defaults, **common, **options})
+        super().__init__(params, {**defaults, **OPTIONS, **options})
 
     def init_state(self, p: Tensor, g: Tensor, h: Names) -> dict[str, Tensor]:
         """What the rule remembers of one tensor before its first step, by name. Nothing, unless a subclass says so."""
@@ -217,23 +253,33 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps ``nonfinite="skip"`` has skipped. Reading it waits for the device."""
+        """How many steps ``nonfinite="skip"`` has skipped, in this process. Reading it waits for the device."""
         return 0 if self.skipped is None else int(self.skipped)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
-        group = {**self.defaults, **param_group}
-        for name, interval in {**RANGES, **self.ranges}.items():
-            values = group.get(name, ())
-            for value in values if isinstance(values, tuple | list) else (values,):
-                check_range(name, value, interval)
-        check_choice("engine", group["engine"], ENGINES)
-        check_choice("nonfinite", group["nonfinite"], ("propagate", "skip", "raise"))
+        self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse what is out of range or of the wrong kind."""
+        for name, interval in {**RANGES, **self.ranges}.items():
+            default, value = self.defaults.get(name), group.get(name)
+            if isinstance(default, tuple) and not (isinstance(value, tuple | list) and len(value) == len(default)):
+                raise ValueError(f"{name}={value!r} has another form than the default {default!r}; pass one like it")
+            for number, usual in zip(value, default, strict=True) if isinstance(default, tuple) else [(value, default)]:
+                if not (number is None and usual is None):
+                    check_range(name, number, interval)
+        check_choice("engine", group["engine"], ENGINES)
+        check_choice("nonfinite", group["nonfinite"], ("propagate", "skip", "raise"))
+        check_choice("maximize", group["maximize"], (False, True))
+        dtype = group["state_dtype"]
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"state_dtype={dtype!r} is no real floating-point type; pass None or, say, torch.float32")
+
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes but private ones (torch's hooks, a compiled graph): a copy then is a whole copy."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        """All attributes, for a copy to be whole; but not what torch hangs on them: hooks, a scheduler's step."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in what an older checkpoint, or one of torch.optim's, does not say."""
@@ -243,24 +289,56 @@ class Optimizer(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoint, as in torch; clocks are handed out as a copy for each tensor."""
+        packed = super().state_dict()
+        for key, state in packed["state"].items():
+            packed["state"][key] = {n: v.clone() if n in self.clocks else v for n, v in state.items()}
+        return packed
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, or of the ``torch.optim`` class of the same algorithm.
 
+        ``engine``, ``nonfinite`` and ``state_dtype`` stay as they are: they belong to this run and not to the model.
         Torch casts all state to the parameter's type; here clocks keep their own and ``state_dtype`` is honoured.
+
+        Raises:
+            ValueError: The checkpoint holds a hyperparameter that is out of range, or one that this optimizer does not
+                have and that would change its steps. Nothing has changed then.
         """
-        super().load_state_dict(state_dict)
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+        hooked: dict[str, Any] = dict(state_dict)  # what is left when torch's load hooks have run
+
+        def prepare(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            live = [{k: g[k] for k in ("engine", "nonfinite", "state_dtype")} for g in self.param_groups]
+            groups = [{**saved, **own} for saved, own in zip(given["param_groups"], live, strict=False)]
+            for group in groups:
+                self._check_group({**self.defaults, **group})
+                for name in (*RANGES, "nesterov", "amsgrad", "centered"):
+                    if group.get(name) and name not in self.defaults:
+                        kind = type(self).__name__
+                        raise ValueError(f"the checkpoint has {name}={group[name]!r}, which {kind} does not know")
+            hooked.update(given, param_groups=groups + given["param_groups"][len(groups) :])
+            return hooked
+
+        handle = self.register_load_state_dict_pre_hook(prepare)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        clocks: dict[tuple[str, float], Tensor] = {}
+        for saved, group in zip(hooked["param_groups"], self.param_groups, strict=True):
             for key, p in zip(saved["params"], group["params"], strict=True):
-                state = state_dict["state"].get(key, {})
+                state = hooked["state"].get(key, {})
                 if any(value is None for value in state.values()):  # torch's way to say "not begun"
                     self.state.pop(p, None)
                     continue
                 for name, value in state.items():
                     if name in self.clocks:
-                        self.state[p][name] = torch.as_tensor(value).detach().clone()
+                        clock = torch.as_tensor(value).detach().cpu().clone()
+                        self.state[p][name] = clocks.setdefault((name, clock.item()), clock)
                     elif isinstance(value, Tensor):
                         like = p if value.shape == p.shape else value  # in the parameter's memory layout
-                        dtype = _state_dtype(p, group["state_dtype"])
+                        dtype = _state_dtype(value, p, group["state_dtype"])
                         self.state[p][name] = torch.empty_like(like, dtype=dtype, device=p.device).copy_(value.detach())
 
     @torch.no_grad()
@@ -285,12 +363,14 @@ class Optimizer(torch.optim.Optimizer):
         engines = [self._engine(group, params) for group, params in work]
         finite = self._finite(work)
         for (group, params), engine in zip(work, engines, strict=True):
-            keep = finite if group["nonfinite"] == "skip" else None
-            for p, g, s, h in self._buckets(group, params, engine):
-                ENGINES[engine](self, p, g, s, h, keep)
-                for name in self.clocks if engine != "fused" else ():
-                    for x in s[name]:
-                        x.fill_(getattr(h, name)) if keep is None else x.copy_(torch.where(keep, getattr(h, name), x))
+            for p, states, h in self._buckets(group, params, engine, finite):
+                keep = finite.to(p[0].device) if group["nonfinite"] == "skip" and finite is not None else None
+                now = {name: _clock_tensor(getattr(h, name), states[0][name], keep) for name in self.clocks}
+                g = [_as_real(x.grad) for x in p]
+                s = {name: [_as_real(state[name]) for state in states] for name in states[0] if name not in self.clocks}
+                ENGINES[engine](self, [_as_real(x) for x in p], g, s, h, keep)
+                for state in states:
+                    state.update(now)
         return loss
 
     def _engine(self, group: dict[str, Any], params: list[Tensor]) -> str:
@@ -301,6 +381,11 @@ class Optimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} got a gradient with layout {p.grad.layout} for a parameter of shape "
                     f"{tuple(p.shape)}; use a dense gradient (nn.Embedding: sparse=False)"
                 )
+            if p.is_complex() and not self.elementwise:
+                raise ValueError(
+                    f"{type(self).__name__} got a complex parameter of shape {tuple(p.shape)}; it works on matrices of "
+                    "reals: pass torch.view_as_real of it"
+                )
         name = group["engine"]
         if name not in ("auto", "fused"):
             return name
@@ -310,77 +395,89 @@ class Optimizer(torch.optim.Optimizer):
         return "foreach" if why and params and all(p.is_cuda for p in params) else "loop" if why else "fused"
 
     def _finite(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> Tensor | None:
-        """Whether all gradients that somebody asked about are finite, on the device; skips are counted."""
-        asked = [p for group, params in work if group["nonfinite"] != "propagate" for p in params if p.numel()]
-        if not asked:
+        """Whether the gradients of all groups that skip are finite, on the device of the first; skips are counted."""
+        flags: dict[str, list[Tensor]] = {"skip": [], "raise": [], "propagate": []}
+        for group, params in work:
+            for p in params if group["nonfinite"] != "propagate" else ():
+                flags[group["nonfinite"]].append(p.grad.isfinite().all())
+                if group["nonfinite"] == "raise" and not flags["raise"][-1]:
+                    raise FloatingPointError(
+                        f"the gradient of a parameter of shape {tuple(p.shape)} is not finite and nonfinite='raise'; "
+                        "lower the learning rate, clip gradients, or use nonfinite='skip'"
+                    )
+        if not flags["skip"]:
             return None
-        flags = torch.stack([p.grad.isfinite().all().to(asked[0].device) for p in asked])
-        if any(group["nonfinite"] == "raise" for group, _ in work) and not flags.all():
-            p = asked[int(flags.int().argmin())]
-            raise FloatingPointError(
-                f"the gradient of a parameter of shape {tuple(p.shape)} is not finite and nonfinite='raise'; lower the "
-                "learning rate, clip gradients, or use nonfinite='skip'"
-            )
-        finite = flags.all()
-        self.skipped = (0 if self.skipped is None else self.skipped) + (~finite).long()
+        finite = torch.stack([flag.to(flags["skip"][0].device) for flag in flags["skip"]]).all()
+        self.skipped = (~finite).long() if self.skipped is None else self.skipped.to(finite.device) + (~finite)
         return finite
 
-    def _buckets(self, group: dict[str, Any], params: list[Tensor], engine: str) -> Iterator[tuple[Any, ...]]:
-        """Parameters that may share a call: lists of them, of their gradients and of their state; what they share."""
+    def _buckets(
+        self, group: dict[str, Any], params: list[Tensor], engine: str, finite: Tensor | None
+    ) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]], Names]]:
+        """Parameters that may share a call, their states, and what they share in ``h``, the clocks one step on."""
         shared = {name: value for name, value in group.items() if name not in ("params", "param_names")}
         if isinstance(shared["lr"], Tensor):
             shared["lr"] = shared["lr"].squeeze()
-        buckets: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
+        begun: dict[str, Tensor] = {}
+        buckets: dict[tuple[Any, ...], list[tuple[Tensor, dict[str, Tensor]]]] = defaultdict(list)
         for p in params:
-            state = self.state.get(p) or self._begin(p, Names(**shared))
-            clocks = self._read_clocks(p, state, group, engine)
+            state = self.state.get(p) or self._begin(p, Names(**shared), begun, finite)
             shape = () if self.elementwise else tuple(p.shape)
-            buckets[p.device, p.dtype, shape, *clocks].append((p, state))
-        for (_, _, shape, *clocks), items in buckets.items():
-            h = Names(**shared, **dict(zip(self.clocks, clocks, strict=False)), shape=shape)
-            if engine != "fused":
-                if self.clocks:
-                    h.step = h.step + 1
-                self.clock(h)
-            p = [_as_real(p) for p, _ in items]
-            g = [_as_real(p.grad) for p, _ in items]
-            s = {name: [_as_real(state[name]) for _, state in items] for name in items[0][1]}
-            yield p, g, s, h
+            buckets[p.device, p.dtype, shape, *(id(state[name]) for name in self.clocks)].append((p, state))
+        for (device, _, shape, *_), items in buckets.items():
+            h = Names(**shared, shape=shape)
+            for name in self.clocks:
+                value = items[0][1][name]
+                # On the host reading it waits for nobody. What only the device knows stays there.
+                on_device = engine == "fused" or group["nonfinite"] == "skip"
+                setattr(h, name, _wide(value.to(device)) if on_device else value.item())
+            if "step" in self.clocks:
+                h.step = h.step + 1
+            self.clock(h)
+            yield [p for p, _ in items], [state for _, state in items], h
 
-    def _begin(self, p: Tensor, h: Names) -> dict[str, Tensor]:
-        """The state of a tensor before its first step."""
-        state = self.init_state(p, -p.grad if h.maximize else p.grad, h)
+    def _begin(self, p: Tensor, h: Names, begun: dict[str, Tensor], finite: Tensor | None) -> dict[str, Tensor]:
+        """The state of a tensor before its first step. Tensors that begin together share their clocks."""
+        g = -p.grad if h.maximize else p.grad
+        if h.nonfinite == "skip" and finite is not None:
+            g = torch.where(finite.to(p.device), g, 0)
+        state = self.init_state(p, g, h)
         for name, value in state.items():
-            if name not in self.clocks:
-                state[name] = value.to(_state_dtype(p, h.state_dtype))
+            if name in self.clocks:
+                state[name] = begun.setdefault(name, value)
+            else:  # a copy: state that shares memory with p or its gradient would be changed with it
+                state[name] = value.detach().to(_state_dtype(value, p, h.state_dtype), copy=True)
         if state:
             self.state[p] = state
         return state
 
-    def _read_clocks(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any], engine: str) -> list[Any]:
-        """A clock lives on the host, where reading it waits for nobody; on the device if only the device knows it."""
-        on_device = engine == "fused" or group["nonfinite"] == "skip"
-        for name in self.clocks:
-            state[name] = state[name].to(p.device if on_device else "cpu")
-        if engine == "fused":
-            return []
-        return [state[name].double() if on_device else state[name].item() for name in self.clocks]
+
+def _wide(x: Tensor) -> Tensor:
+    """In double precision, where the device has it: powers of β₂ = 0.999 need the digits."""
+    return x if x.device.type == "mps" else x.double()
 
 
-# %% 23_machinery sec-engines 1 38c38725
+def _clock_tensor(value: float | Tensor, before: Tensor, finite: Tensor | None) -> Tensor:
+    """A clock as it is stored after the step."""
+    if isinstance(value, Tensor):
+        before = before.to(value.device)
+        return value.to(before.dtype) if finite is None else torch.where(finite, value.to(before.dtype), before)
+    return torch.tensor(value, dtype=before.dtype)
+
+
+# %% 23_machinery sec-engines 1 2abbc172
 def _run(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None, call: Callable) -> None:
     """Run a rule on one chunk of tensors: negate, convert, call, undo, convert back."""
     if h.maximize:
         g = torch._foreach_neg(g)
-    state = {name: values for name, values in s.items() if name not in optimizer.clocks}
-    kept = [*p, *(x for values in state.values() for x in values)]
-    dtype = torch.promote_types(p[0].dtype, _state_dtype(p[0], h.state_dtype))
-    work, wide = kept, {name: values for name, values in state.items()}
-    if any(x.dtype != dtype for x in kept):
-        p, g, wide = _cast(p, dtype), _cast(g, dtype), {name: _cast(values, dtype) for name, values in state.items()}
-        work = [*p, *(x for values in wide.values() for x in values)]
+    kept = [*p, *(x for values in s.values() for x in values)]
+    work = kept
+    if h.state_dtype not in (None, p[0].dtype):
+        wide = torch.promote_types(p[0].dtype, h.state_dtype)
+        p, g, s = _cast(p, wide), _cast(g, wide), {name: _cast(values, wide) for name, values in s.items()}
+        work = [*p, *(x for values in s.values() for x in values)]
     old = [x.clone() for x in kept] if finite is not None else kept
-    call(optimizer, p, g, wide, h)
+    call(optimizer, p, g, s, h)
     for x, new, before in zip(kept, work, old, strict=True):
         if finite is not None:
             x.copy_(torch.where(finite, new, before))
@@ -389,10 +486,10 @@ def _run(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tens
 
 
 def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [x.to(dtype) for x in tensors]
+    return [x.to(dtype) if x.is_floating_point() else x for x in tensors]
 
 
-# %% 23_machinery sec-engines 2 180e9ea6
+# %% 23_machinery sec-engines 2 94a6b265
 def _loop(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None) -> None:
     """The rule on one tensor after another: the reference for every other engine."""
     numbers_on_device = any(isinstance(value, Tensor) for value in vars(h).values())
@@ -415,15 +512,12 @@ def _compile(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: 
 
 
 def _fused(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None) -> None:
-    """Torch's own kernel, which counts the steps and undoes by itself."""
+    """Torch's own kernel, which undoes by itself."""
     h.found_inf = None if finite is None else (~finite).float()
-    if "step" in s:
-        torch._foreach_add_(s["step"], 1)
-    optimizer.fused(p, g, Names(**s), h)
-    if "step" in s and finite is not None:
-        torch._foreach_sub_(s["step"], [h.found_inf] * len(p))
+    optimizer.fused(p, g, Names(**s, step=[h.step.float()] * len(p) if "step" in optimizer.clocks else []), h)
 
 
+#: What runs a rule, by name.
 ENGINES: dict[str, Callable[..., None]] = {
     "auto": _loop,  # resolved to one of the others before it is called
     "loop": _loop,
@@ -434,19 +528,27 @@ ENGINES: dict[str, Callable[..., None]] = {
 
 
 def _call_single(optimizer: Optimizer, p: list, g: list, s: dict, h: Names) -> None:
-    optimizer.rule(p[0], g[0], Names(**{name: x[0] for name, x in s.items()}), h)
+    _apply(optimizer.rule, p[0], g[0], {name: x[0] for name, x in s.items()}, h)
 
 
 def _call_batch(optimizer: Optimizer, p: list, g: list, s: dict, h: Names) -> None:
-    optimizer.rule(Batch(p), Batch(g), Names(**{name: Batch(x) for name, x in s.items()}), h)
+    _apply(optimizer.rule, Batch(p), Batch(g), {name: Batch(x) for name, x in s.items()}, h)
 
 
 def _call_stacked(optimizer: Optimizer, p: list, g: list, s: dict, h: Names) -> None:
     """Stack tensors of one shape, run the rule once, and deal the results out again."""
-    stacked = torch.stack(p), {name: torch.stack(x) for name, x in s.items()}
-    optimizer.rule(stacked[0], torch.stack(g), Names(**stacked[1]), h)
-    for x, new in ((p, stacked[0]), *((s[name], stacked[1][name]) for name in s)):
+    stack, state = torch.stack(p), {name: torch.stack(x) for name, x in s.items()}
+    _apply(optimizer.rule, stack, torch.stack(g), state, h)
+    for x, new in ((p, stack), *((s[name], state[name]) for name in s)):
         torch._foreach_copy_(x, list(new.unbind()))
+
+
+def _apply(rule: Callable, p: Any, g: Any, s: dict[str, Any], h: Names) -> None:
+    names = Names(**s)
+    rule(p, g, names, h)
+    for name, value in s.items():
+        if getattr(names, name) is not value:
+            raise TypeError(f"the rule binds s.{name} to something new, which is lost; change it in place")
 
 
 def _call_compiled(optimizer: Optimizer, p: list, g: list, s: dict, h: Names) -> None:
@@ -454,13 +556,15 @@ def _call_compiled(optimizer: Optimizer, p: list, g: list, s: dict, h: Names) ->
     changing, fixed = {}, {}
     for name, value in vars(h).items():
         changes = name == "lr" or name not in optimizer.defaults
-        if isinstance(value, Tensor) or changes and isinstance(value, float | int):
+        if isinstance(value, Tensor) or changes and isinstance(value, Real):
             changing[name] = torch.as_tensor(value, dtype=torch.float64)
-        else:
+        elif name not in OPTIONS:
             fixed[name] = value
     if "_graph" not in vars(optimizer):
         optimizer._graph = torch.compile(_trace, dynamic=False, fullgraph=True)
-    optimizer._graph(type(optimizer).rule, p, g, s, changing, fixed)
+    # Dynamo counts the graphs of all optimizers together, and by default stops at eight.
+    with torch._dynamo.config.patch(recompile_limit=4096, accumulated_recompile_limit=4096):
+        optimizer._graph(type(optimizer).rule, p, g, s, changing, fixed)
 
 
 def _trace(rule: Callable, p: list, g: list, s: dict, changing: dict, fixed: dict) -> None:
@@ -485,11 +589,12 @@ def _as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if torch.is_complex(x) else x
 
 
-def _state_dtype(p: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The type of a parameter's state: as asked, else its own (complex state stays complex)."""
-    if dtype is None or not p.is_complex():
-        return dtype or p.dtype
-    return dtype.to_complex()
+def _state_dtype(value: Tensor, p: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type a state is kept in: as asked, else the parameter's; complex stays complex, and integers integers."""
+    if not (value.is_floating_point() or value.is_complex()):
+        return value.dtype
+    dtype = dtype or p.dtype
+    return dtype.to_complex() if value.is_complex() and not dtype.is_complex else dtype
 
 
 def _unfusable(params: list[Tensor], state_dtype: torch.dtype | None) -> str:
@@ -499,6 +604,8 @@ def _unfusable(params: list[Tensor], state_dtype: torch.dtype | None) -> str:
         reasons = {
             "a parameter is not a real floating-point tensor": not p.is_floating_point(),
             f"a parameter is on {p.device.type}": p.device.type not in ("cpu", "cuda", "mps", "xpu"),
+            # torch 2.13's fused SGD takes wrong steps there, from 16 elements on
+            f"a parameter is {p.dtype} on the CPU": p.device.type == "cpu" and p.dtype.itemsize < 4,
             "a parameter or its gradient is not contiguous": not dense or p.stride() != p.grad.stride(),
             f"state_dtype={state_dtype} differs from a parameter's": state_dtype not in (None, p.dtype),
         }

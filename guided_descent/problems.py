@@ -1,6 +1,6 @@
 # Generated from chapters/01_steepest_descent.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head b330d044
+# %% head 770dfb4e
 """Chapter 01, Steepest descent."""
 
 __all__ = [
@@ -18,7 +18,8 @@ __all__ = [
 ]
 
 
-# %% 01_steepest_descent sec-one-rule 1 4a708364
+# %% 01_steepest_descent sec-one-rule 1 c07eb953
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -30,15 +31,15 @@ from torch import Tensor
 from guided_descent.core import Optimizer, Options, check_range
 
 
+# %% 01_steepest_descent sec-one-rule 2 31b54bc8
 class GradientDescent(Optimizer):
-    """Gradient descent, ``x ← x − lr · g``: the plainest optimizer, without
-    memory.
+    """Gradient descent, ``x ← x − lr · g``.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
-        lr: Step size η, in units of parameter per unit of gradient; in [0, ∞).
-            Default 0.01.
-        **options: ``maximize`` and ``engine``, see ``Options``.
+        lr: Step size η, in units of parameter per unit of gradient; in
+            [0, ∞). Default 0.01.
+        **options: See ``Options``.
 
     Raises:
         ValueError: ``lr`` is negative or not finite.
@@ -48,7 +49,10 @@ class GradientDescent(Optimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-2, **options: Unpack[Options]
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(params, {"lr": lr}, **options)
 
@@ -57,13 +61,13 @@ class GradientDescent(Optimizer):
         p.sub_(h.lr * g)
 
 
-# %% 01_steepest_descent sec-one-rule 2 d95070ba
+# %% 01_steepest_descent sec-one-rule 3 15ed65bc
 class Problem(ABC):
     """A function to minimise whose answer is known.
 
     Attributes:
         start: Where a run begins unless told otherwise.
-        minimizer: A point where the loss is smallest, same shape as ``start``.
+        minimizer: A point of smallest loss, same shape as ``start``.
         minimum: The loss there.
 
     Source: chapter 01, "One rule, three fates".
@@ -75,7 +79,7 @@ class Problem(ABC):
 
     @abstractmethod
     def loss(self, x: Tensor) -> Tensor:
-        """The value at ``x``, a scalar tensor that can be differentiated."""
+        """The value at ``x``: a scalar tensor, differentiable."""
 
     def gradient(self, x: Tensor) -> Tensor:
         """The gradient at ``x``, same shape as ``x``."""
@@ -83,7 +87,8 @@ class Problem(ABC):
 
     def hessian(self, x: Tensor) -> Tensor:
         """Second derivatives at ``x``: (numel, numel), row-major."""
-        return torch.func.hessian(self.loss)(x).reshape(x.numel(), x.numel())
+        H = torch.func.hessian(self.loss)(x)
+        return H.reshape(x.numel(), x.numel())
 
 
 def trajectory(
@@ -130,16 +135,16 @@ def trajectory(
     return torch.stack(path)
 
 
-# %% 01_steepest_descent sec-one-rule 3 76487173
+# %% 01_steepest_descent sec-one-rule 4 70bf9d70
 class Quadratic(Problem):
     """``½ (x − x⋆)ᵀ H (x − x⋆)`` with chosen eigenvalues and eigenvectors.
 
     Args:
-        spectrum: Eigenvalues of H, positive, largest first; shape ``(d,)``. A
-            tensor sets dtype and device; a list of numbers means float64 on the
-            CPU.
-        basis: Orthogonal matrix ``(d, d)`` whose columns are the eigenvectors;
-            the axes by default.
+        spectrum: Eigenvalues of H, positive, largest first; shape ``(d,)``.
+            A floating-point tensor sets dtype and device; a list of numbers
+            means float64 on the CPU.
+        basis: Orthogonal matrix ``(d, d)`` whose columns are the
+            eigenvectors; the axes by default.
         minimizer: ``x⋆``, shape ``(d,)``; the origin by default.
 
     Attributes:
@@ -149,11 +154,12 @@ class Quadratic(Problem):
         start: Error 1 along every eigenvector.
 
     Raises:
-        ValueError: Eigenvalues that are not positive, finite and descending; a
+        ValueError: Eigenvalues not positive, finite and descending; a
             basis that is not orthogonal; shapes that do not match.
+        TypeError: A spectrum that is a tensor, but not of floating point.
 
-    Source: Nocedal & Wright (2006), section 3.3. Chapter 01, "One rule, three
-        fates".
+    Source: Nocedal & Wright (2006), section 3.3. Chapter 01, "One rule,
+        three fates".
     """
 
     def __init__(
@@ -185,26 +191,31 @@ class Quadratic(Problem):
         return self.H
 
 
-# %% 01_steepest_descent sec-one-rule 4 42a671f0
+# %% 01_steepest_descent sec-one-rule 5 7d9b2f84
 def rotation(angle: float) -> Tensor:
-    """The 2×2 rotation by ``angle`` radians, counterclockwise, in float64."""
+    """The 2×2 rotation by ``angle`` radians, counterclockwise; float64."""
     c, s = math.cos(angle), math.sin(angle)
     return torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
 
 
-def random_rotation(d: int, generator: torch.Generator | None = None) -> Tensor:
-    """A ``(d, d)`` orthogonal matrix drawn uniformly (Haar), in float64.
+def random_rotation(
+    d: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """A rotation, possibly with a reflection: Haar on O(d), in float64.
 
     Args:
         d: Dimension, at least 1.
         generator: Source of randomness, on the CPU; torch's global one by
             default.
 
+    Returns:
+        An orthogonal matrix, shape ``(d, d)``.
+
     Raises:
         ValueError: ``d`` is less than 1.
 
-    Source: Mezzadri (2007), arXiv math-ph/0609050. Chapter 01, "One rule, three
-        fates".
+    Source: Mezzadri (2007), arXiv math-ph/0609050. Chapter 01, "One rule,
+        three fates".
     """
     if d < 1:
         raise ValueError(f"d={d} is not a dimension; pass 1 or more")
@@ -214,10 +225,7 @@ def random_rotation(d: int, generator: torch.Generator | None = None) -> Tensor:
     return q * r.diagonal().sign()
 
 
-# %% 01_steepest_descent sec-one-rule 5 bcfe426f
-import math
-
-
+# %% 01_steepest_descent sec-one-rule 6 cbea413f
 def _check_shape(name: str, value: Tensor, like: Tensor) -> Tensor:
     if value.shape != like.shape:
         raise ValueError(
@@ -230,6 +238,11 @@ def _check_shape(name: str, value: Tensor, like: Tensor) -> Tensor:
 def _check_spectrum(spectrum: Sequence[float] | Tensor) -> Tensor:
     if not isinstance(spectrum, Tensor):
         spectrum = torch.tensor(spectrum, dtype=torch.float64)
+    if not spectrum.is_floating_point():
+        raise TypeError(
+            f"spectrum has dtype {spectrum.dtype}; "
+            "pass a floating-point tensor, such as spectrum.double()"
+        )
     if spectrum.ndim != 1 or len(spectrum) == 0:
         raise ValueError(
             f"spectrum has shape {tuple(spectrum.shape)}; "
@@ -258,29 +271,31 @@ def _check_basis(basis: Tensor | None, lam: Tensor) -> Tensor:
     error = float((basis.T @ basis - eye).abs().max())
     if not error < 100 * len(lam) * torch.finfo(lam.dtype).eps:
         raise ValueError(
-            f"basis is not orthogonal: BᵀB is {error:.1g} off the identity; "
-            "pass one from torch.linalg.qr"
+            f"basis is not orthogonal: BᵀB is {error:.1g} off "
+            "the identity; pass one from torch.linalg.qr"
         )
     return basis
 
 
-# %% 01_steepest_descent sec-which-norm 1 8d1e575f
-def steepest_step(g: Tensor, lr: float, norm: str | Tensor = "euclidean") -> Tensor:
+# %% 01_steepest_descent sec-which-norm 1 6f33e6d8
+def steepest_step(
+    g: Tensor, lr: float, norm: str | Tensor = "euclidean"
+) -> Tensor:
     """The step that minimises ``⟨g, Δ⟩ + ‖Δ‖² / (2 lr)``.
 
     Args:
         g: Gradient, shape ``(d,)``.
         lr: Step size η, in (0, ∞).
-        norm: ``"euclidean"`` (default), ``"max"``, ``"sum"``, or a symmetric
-            positive definite matrix P of shape ``(d, d)`` for ``‖Δ‖ =
-            √(ΔᵀPΔ)``.
+        norm: ``"euclidean"`` (default), ``"max"``, ``"sum"``, or a
+            symmetric positive definite matrix P of shape ``(d, d)`` for
+            ``‖Δ‖ = √(ΔᵀPΔ)``.
 
     Returns:
         Δ, shape ``(d,)``. Under ``"sum"`` ties go to the first coordinate.
 
     Raises:
-        ValueError: An unknown norm, a matrix of the wrong shape, or one that is
-            not symmetric positive definite.
+        ValueError: An unknown norm, a matrix of the wrong shape, or one
+            that is not symmetric positive definite.
 
     Source: Bernstein & Newhouse (2024), arXiv 2409.20325. Chapter 01,
         eq-steepest.
@@ -296,14 +311,19 @@ def steepest_step(g: Tensor, lr: float, norm: str | Tensor = "euclidean") -> Ten
     if norm == "sum":
         largest = torch.nn.functional.one_hot(g.abs().argmax(), len(g))
         return -lr * g * largest
-    raise ValueError(f"norm={norm!r} is unknown; use 'euclidean', 'max', 'sum' or P")
+    raise ValueError(
+        f"norm={norm!r} is unknown; use 'euclidean', 'max', 'sum' or P"
+    )
 
 
+# %% 01_steepest_descent sec-which-norm 2 16d3ceb4
 def _check_metric(P: Tensor, g: Tensor) -> Tensor:
     """The Cholesky factor of P, if P can measure vectors like g."""
     shape = (g.numel(), g.numel())
     if P.shape != shape:
-        raise ValueError(f"norm has shape {tuple(P.shape)}; pass {shape} to match g")
+        raise ValueError(
+            f"norm has shape {tuple(P.shape)}; pass {shape} to match g"
+        )
     factor, failed = torch.linalg.cholesky_ex(P)
     if failed or not torch.allclose(P, P.T):
         raise ValueError(
@@ -313,18 +333,20 @@ def _check_metric(P: Tensor, g: Tensor) -> Tensor:
     return factor
 
 
-# %% 01_steepest_descent sec-line-search 1 f123f1f4
+# %% 01_steepest_descent sec-line-search 1 4c7c57b7
 @torch.no_grad()
 def backtracking(
-    loss: Callable[[Tensor], Tensor], x: Tensor, d: Tensor, g: Tensor,
-    *, lr: float = 1.0, c: float = 1e-4, shrink: float = 0.5, limit: int = 100,
+    loss: Callable[[Tensor], Tensor], x: Tensor, d: Tensor, g: Tensor, *,
+    lr: float = 1.0, c: float = 1e-4, shrink: float = 0.5, limit: int = 100,
 ) -> float:  # fmt: skip
-    """The first of ``lr, shrink·lr, shrink²·lr, …`` with ``loss(x + t d) ≤
-    loss(x) + c t ⟨g, d⟩``.
+    """Line search: the first step that lowers the loss enough.
 
-    Differences below the round-off of ``loss(x)`` count as equal, so the search
-    also ends at a minimum. A loss that is not a number is refused like one that
-    is too large.
+    Returns the first η of ``lr, shrink·lr, shrink²·lr, …`` that satisfies
+    ``loss(x + η d) ≤ loss(x) + c η ⟨g, d⟩``.
+
+    Differences below the round-off of ``loss(x)`` count as equal, so the
+    search also ends near a minimum, where the decrease is below round-off.
+    A trial whose loss is not a number is refused like one too large.
 
     Args:
         loss: The function, called without gradients.
@@ -332,8 +354,8 @@ def backtracking(
         d: Descent direction, same shape.
         g: Gradient at ``x``, same shape.
         lr: First step tried, in (0, ∞). Default 1.
-        c: Fraction of the promised decrease to insist on, in (0, 1). Default
-            1e-4.
+        c: Fraction of the promised decrease to insist on, in (0, 1).
+            Default 1e-4.
         shrink: Factor β between trials, in (0, 1). Default 0.5.
         limit: Number of trials, at least 1. Default 100.
 
@@ -341,11 +363,13 @@ def backtracking(
         The step size.
 
     Raises:
-        ValueError: An argument out of range, or ``d`` does not point downhill.
-        RuntimeError: No trial was accepted: the gradient and the loss disagree.
+        ValueError: An argument out of range, ``d`` does not point downhill,
+            or ``loss(x)`` is not finite.
+        RuntimeError: No trial was accepted: ``g`` is not the gradient of
+            ``loss``, or ``limit`` is too low for so large an ``lr``.
 
-    Source: Armijo (1966), doi 10.2140/pjm.1966.16.1; Nocedal & Wright (2006),
-        algorithm 3.1. Chapter 01, eq-armijo.
+    Source: Armijo (1966), doi 10.2140/pjm.1966.16.1; Nocedal & Wright
+        (2006), algorithm 3.1. Chapter 01, eq-armijo.
     """
     for name, value in {"c": c, "shrink": shrink}.items():
         check_range(name, value, "(0, 1)")
@@ -359,24 +383,28 @@ def backtracking(
             "pass a descent direction, such as -g (where g is not 0)"
         )
     f = float(loss(x))
+    if not math.isfinite(f):
+        raise ValueError(f"loss(x) = {f}; start where the loss is finite")
     rounding = 4 * torch.finfo(x.dtype).eps * abs(f)
     for k in range(limit):
-        t = lr * shrink**k
-        if float(loss(x + t * d)) <= f + c * t * slope + rounding:
-            return t
+        eta = lr * shrink**k
+        if float(loss(x + eta * d)) <= f + c * eta * slope + rounding:
+            return eta
     raise RuntimeError(
-        f"no step down to {t:.3g} lowers the loss; "
+        f"no step down to {eta:.3g} lowers the loss; "
         "make sure that g is its gradient, or raise limit"
     )
 
 
-# %% 01_steepest_descent sec-beyond-quadratics 1 26a249fd
+# %% 01_steepest_descent sec-beyond-quadratics 1 aba3fc30
 class Rosenbrock(Problem):
-    """Rosenbrock's curved valley, ``Σ_i steepness·(x_{i+1} − x_i²)² + (1 −
-    x_i)²``.
+    """Rosenbrock's curved valley.
 
-    The global minimum is 0, at (1, …, 1). From four dimensions on there is a
-    second, local minimum near (−1, 1, …, 1).
+    The loss is ``Σ_i steepness·(x_{i+1} − x_i²)² + (1 − x_i)²``; with more
+    than two variables it is a later extension of his.
+    The global minimum is 0, at (1, …, 1). At the default steepness, in four
+    to seven dimensions, there is also a local one: at (−0.776, 0.613,
+    0.382, 0.146) in four, and ever closer to (−1, 1, …, 1) above.
 
     Args:
         dim: Dimension, at least 2. Default 2.
@@ -388,8 +416,8 @@ class Rosenbrock(Problem):
     Raises:
         ValueError: An argument out of range.
 
-    Source: Rosenbrock (1960), doi 10.1093/comjnl/3.3.175. Chapter 01, "When the
-        function is not a quadratic".
+    Source: Rosenbrock (1960), doi 10.1093/comjnl/3.3.175. Chapter 01, "When
+        the function is not a quadratic".
     """
 
     def __init__(self, dim: int = 2, steepness: float = 100.0) -> None:
@@ -403,35 +431,39 @@ class Rosenbrock(Problem):
         self.start = pair.repeat((dim + 1) // 2)[:dim]
 
     def loss(self, x: Tensor) -> Tensor:
-        """The value at ``x``; a batch ``(…, dim)`` gives a batch ``(…)``."""
+        """The value at ``x``; a batch ``(…, dim)`` gives ``(…)``."""
         here, after = x[..., :-1], x[..., 1:]
         across, along = after - here**2, 1 - here
         return (self.steepness * across**2 + along**2).sum(-1)
 
 
-# %% 01_steepest_descent sec-digits 1 d08ac101
+# %% 01_steepest_descent sec-digits 1 587a49fd
 class LogisticRegression(Problem):
-    """Softmax regression: mean cross-entropy plus ``l2/2 · ‖W‖²``, with a
-    unique, exactly computed optimum.
+    """Softmax regression, with its optimum to the precision of the dtype.
+
+    The loss is the mean cross-entropy plus ``l2/2 · ‖W‖²``.
 
     Args:
-        X: Inputs, ``(n, d)``; they set dtype and device.
+        X: Inputs, ``(n, d)``, floating point; they set dtype and device.
         y: Classes 0 … K−1, integers of shape ``(n,)``.
-        l2: Regularisation γ, in (0, ∞); it covers the bias too. Default 1e-3.
+        l2: Regularisation γ, in (0, ∞); it covers the bias too.
+            Default 1e-3.
         bias: Append a constant 1 to every input. Default True.
 
     Attributes:
-        inputs: ``(n, d + 1)`` with bias, else ``(n, d)``. The parameter W has
-            one row per class, one column per input.
+        inputs: ``(n, d + 1)`` with bias, else ``(n, d)``. The parameter W
+            has one row per class, one column per input.
         start: W = 0.
-        minimizer, minimum: The optimum, solved for on first use.
-        L, mu: Bounds on the Hessian's eigenvalues that hold everywhere; ``mu``
-            is attained.
+        minimizer, minimum: The optimum, computed on first use to the
+            precision of the dtype.
+        L, mu: Bounds on the Hessian's eigenvalues that hold everywhere;
+            ``mu`` is attained.
 
     Raises:
         ValueError: Shapes that do not match, fewer than two classes, values
             that are not finite, ``l2`` ≤ 0.
-        TypeError: ``y`` is not of integer type.
+        TypeError: ``X`` is not of floating point, or ``y`` not of integer
+            type.
 
     Source: Böhning (1992), doi 10.1007/BF00048682. Chapter 01,
         eq-softmax-gradient to eq-softmax-smoothness.
@@ -452,7 +484,7 @@ class LogisticRegression(Problem):
         self.mu = l2
 
     def loss(self, W: Tensor) -> Tensor:
-        """Mean cross-entropy plus the penalty; ``W`` has one row per class."""
+        """Mean cross-entropy plus the penalty; one row of W per class."""
         log_p = (self.inputs @ W.T).log_softmax(dim=1)
         fit = -(self.targets * log_p).sum() / len(log_p)
         return fit + self.l2 / 2 * (W * W).sum()
@@ -463,7 +495,7 @@ class LogisticRegression(Problem):
         return (p - self.targets).T @ self.inputs / len(p) + self.l2 * W
 
     def hessian(self, W: Tensor) -> Tensor:
-        """``Σ (diag p − p pᵀ) ⊗ x xᵀ / n + l2 · I``, W flattened row by row."""
+        """``Σ (diag p − p pᵀ) ⊗ a aᵀ / n + l2 · I``, W row by row."""
         p = (self.inputs @ W.T).softmax(dim=1)
         S = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
         a, eye = self.inputs, torch.eye(W.numel()).to(W)
@@ -472,16 +504,24 @@ class LogisticRegression(Problem):
 
     @cached_property
     def minimizer(self) -> Tensor:
-        """The optimum, by Newton's method with backtracking."""
+        """The optimum, by Newton's method with backtracking.
+
+        Raises:
+            RuntimeError: Newton's method did not converge.
+        """
         W, eps = self.start, torch.finfo(self.start.dtype).eps
         for _ in range(100):
             g = self.gradient(W)
-            if g.norm() <= 100 * eps:
-                break
+            scale = max(1.0, self.L) * max(1.0, float(W.norm()))
+            if g.norm() <= 100 * eps * scale:
+                return W
             step = torch.linalg.solve(self.hessian(W), g.flatten())
             d = -step.reshape(W.shape)
             W = W + backtracking(self.loss, W, d, g) * d
-        return W
+        raise RuntimeError(
+            f"Newton's method ends with ‖∇f‖ = {float(g.norm()):.1g} after "
+            "100 steps; scale X, raise l2, or pass float64"
+        )
 
     @cached_property
     def minimum(self) -> float:
@@ -489,7 +529,7 @@ class LogisticRegression(Problem):
         return float(self.loss(self.minimizer))
 
 
-# %% 01_steepest_descent sec-digits 2 cba40db0
+# %% 01_steepest_descent sec-digits 2 90217cf0
 def digits(
     *,
     center: bool = False,
@@ -500,19 +540,19 @@ def digits(
 
     Args:
         center: Subtract each pixel's mean. Default False.
-        scale: Divide each pixel by its standard deviation (pixels that never
-            change are left alone). Default False.
+        scale: Divide each pixel by its standard deviation (pixels that
+            never change are left alone). Default False.
         dtype: Of the images. Default float64.
 
     Returns:
-        Images ``(1797, 64)``, in [0, 1] unless centred or scaled, and classes
-        ``(1797,)``, int64.
+        Images ``(1797, 64)``, in [0, 1] unless centred or scaled, and
+        classes ``(1797,)``, int64.
 
     Raises:
         ImportError: Scikit-learn is not installed.
 
-    Source: Alpaydin & Kaynak (1998), doi 10.24432/C50P49. Chapter 01, "A real
-        problem".
+    Source: Alpaydin & Kaynak (1998), doi 10.24432/C50P49. Chapter 01, "A
+        real problem".
     """
     try:
         from sklearn.datasets import load_digits
@@ -520,7 +560,7 @@ def digits(
         raise ImportError(
             "digits() needs scikit-learn: pip install scikit-learn"
         ) from None
-    X, y = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+    X, y = map(torch.as_tensor, load_digits(return_X_y=True))
     X = X.to(torch.float64) / 16
     deviation = X.std(dim=0)
     if center:
@@ -536,6 +576,11 @@ def _check_classes(X: Tensor, y: Tensor) -> int:
         raise ValueError(
             f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}; "
             "pass (n, d) and (n,), with n ≥ 1"
+        )
+    if not X.is_floating_point():
+        raise TypeError(
+            f"X has dtype {X.dtype}; "
+            "pass a floating-point tensor, such as X.double()"
         )
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from docutils import nodes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from sphinx.environment.collectors.toctree import TocTreeCollector
 from sphinx.errors import ExtensionError
-from sphinx.util import logging
+from sphinx.util import inspect
 
 from literate.notebook import PUBLISHED, stored_outputs
 from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, shown
@@ -37,7 +38,6 @@ CHECK = re.compile(r"✓ \((?P<label>[\w:-]+)\) (?P<text>.*)")
 # Plotly figures met while reading: name -> JSON. They become scripts of their own, fetched when the page needs them:
 # the page stays light, and a script (unlike a fetch) also loads from file://.
 figures: dict[str, str] = {}
-logger = logging.getLogger(__name__)
 
 
 @cache
@@ -71,7 +71,7 @@ def read(text: str, root: str, stem: str) -> nbformat.NotebookNode:
         if cell.kind != "code":
             page.append((new_markdown_cell(cell.source), cell.line))
             continue
-        if index in exports:
+        if index in exports and exports[index].names:
             page.append((new_markdown_cell(badge(exports[index])), cell.line))
         if index in outputs:  # else a cell of directives alone
             source, line = shown(cell)
@@ -116,7 +116,7 @@ def check_line(line: str) -> str:
 def badge(export: Export) -> str:
     home = f"{PACKAGE}.{export.module}"
     names = ", ".join(f"{{py:obj}}`{name} <{home}.{name}>`" for name in export.names)
-    return f":::{{div}} gd-export\nexported to {{py:mod}}`{home}`{': ' + names if names else ''}\n:::"
+    return f":::{{div}} gd-export\nexported to {{py:mod}}`{home}`: {names}\n:::"
 
 
 def added(chapter: Chapter) -> str:
@@ -167,12 +167,21 @@ def api_page(app: Any, docname: str, source: list[str]) -> None:
         source[0] += "\n".join(["```{eval-rst}", *entries, "```", ""])
 
 
+def signature(app: Any, what: str, name: str, obj: Any, options: Any, arguments: str, returns: str) -> Any:
+    """Show how a class is made by its `__init__`, where autodoc shows the `*args` of a metaclass."""
+    if what == "class" and "__call__" in vars(type(obj)):
+        found = inspect.signature(obj.__init__, bound_method=True)
+        return inspect.stringify_signature(found, show_annotation=False), returns
+    return None
+
+
 def link_back(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """End a docstring with the section that derives it and the equations nearest to its cell."""
     if what == "module":
         lines.clear()  # the page says it already
     if what == "data" and lines and lines[0] in (type(obj).__doc__ or ""):
         lines.clear()  # what `dict` says of itself
+    lines[:] = equation_links("\n".join(lines), book(str(app.srcdir))).split("\n")
     module, _, public = name.removeprefix(f"{PACKAGE}.").partition(".")
     for chapter, export in book(str(app.srcdir)).modules.get(module, []):
         if public in export.names:
@@ -181,6 +190,16 @@ def link_back(app: Any, what: str, name: str, obj: Any, options: Any, lines: lis
             equations = " and ".join(f":eq:`{e.name}`" for e in nearest(chapter, export, label))
             sentence = f"Derived in {where}: {equations}." if equations else f"Derived in {where}."
             lines += ["", ".. container:: gd-derived", "", f"   {sentence}", ""]
+
+
+def equation_links(text: str, this: Book) -> str:
+    """A docstring whose `Source:` is one paragraph, and where `eq-x` is a link to that equation."""
+
+    def link(match: re.Match[str]) -> str:
+        return f":eq:`{match[0]}`" if match[0] in this.labels else match[0]
+
+    text = re.sub(r"^Source: .*(?:\n +\S.*)+", lambda m: re.sub(r"\n +", " ", m[0]), text, flags=re.MULTILINE)
+    return re.sub(r'(?<![`\w"-])eq(-[a-z0-9]+)+', link, text)
 
 
 def nearest(chapter: Chapter, export: Export, section: Label) -> list[Label]:
@@ -271,6 +290,7 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("config-inited", configure, priority=900)
     app.connect("builder-inited", refuse_stale)
     app.connect("source-read", api_page)
+    app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", link_back, priority=900)  # after napoleon
     app.connect("env-get-updated", number_chapters, priority=900)
     app.connect("html-page-context", adjust_page, priority=900)
@@ -328,7 +348,8 @@ def build(root: Path, out: Path) -> int:
         (stage / "html").rename(out)
     finally:
         shutil.rmtree(stage)
-    print(f"\nBuilt in {time.perf_counter() - start:.0f} s: {out / 'index.html'}")
+    print(f"\nOpened as a file it lacks its icons; `python -m http.server -d {os.path.relpath(out)}` shows it whole.")
+    print(f"Built in {time.perf_counter() - start:.0f} s: {out / 'index.html'}")
     return 0
 
 

@@ -64,7 +64,10 @@ class Export:
     hash: str
 
     def summary(self, name: str) -> str:
-        """The first line of a definition's docstring, as Markdown."""
+        """The first line of a definition's docstring, or of the `#:` comment above a constant, as Markdown."""
+        above = re.search(rf"((?:^#: .*\n)+){re.escape(name)}\b", self.code, re.MULTILINE)
+        if above:
+            return above[1].partition("\n")[0].removeprefix("#: ").replace("|", r"\|")
         for node in ast.walk(ast.parse(self.code)):
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
                 line = (ast.get_docstring(node) or "").partition("\n")[0]

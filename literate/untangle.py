@@ -54,6 +54,8 @@ def edits(book: Book, path: Path) -> Iterator[Edit]:
     file = path.relative_to(book.root)
     text = path.read_text("utf-8")
     if not text.startswith(BANNER):
+        if BANNER in text:
+            raise SourceError(file, 1, "text above the banner; remove it, or run `tangle --force` to restore the file")
         raise SourceError(file, 1, "not a generated file; move its code to an export cell of a chapter, and remove it")
     parts = split(text)
     home = book.modules.get(path.stem, [])
@@ -61,7 +63,7 @@ def edits(book: Book, path: Path) -> Iterator[Edit]:
     if not intact(text):
         if gone:
             raise SourceError(file, 1, f"no marker `# %% {sorted(gone)[0]} …`; put it back, or run `tangle --force`")
-        raise SourceError(file, 1, "the head of the file and its markers are generated; undo the edit there")
+        raise SourceError(file, 1, "an edit outside the cells; undo it, or run `tangle --force` to restore the file")
     for part in parts[1:]:
         if part.edited:
             yield from _edit(home, file, part)

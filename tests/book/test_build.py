@@ -83,7 +83,7 @@ def store(root: Path) -> None:
         page = notebook.render(book, chapter)
         figure = nbformat.v4.new_output("display_data", data={"image/png": PNG})
         words = nbformat.v4.new_output("stream", name="stdout", text=f"stored with {chapter.stem}\n")
-        chapter.notebook.write_text(notebook.finish(page, [[], [words, figure]]), "utf-8")
+        nbformat.write(notebook.finish(page, [[], [words, figure]]), chapter.notebook)
 
 
 def test_outputs_come_from_the_notebook_and_no_code_runs(small: Path, build: Build) -> None:
@@ -207,3 +207,13 @@ def test_the_download_is_the_plain_notebook(site: Path, book: Book) -> None:
     for chapter in book.chapters:
         offered = (site / f"_sources/{chapter.docname}.ipynb").read_text("utf-8")
         assert json.loads(offered) == json.loads(chapter.notebook.read_text("utf-8"))
+
+
+def test_buttons_lead_to_colab_and_to_the_source(site: Path, book: Book) -> None:
+    owner_and_name = "/".join(book.repository.split("/")[-2:])
+    for chapter in book.chapters:
+        page = BeautifulSoup((site / f"{chapter.docname}.html").read_text("utf-8"), "html.parser")
+        links = {a["href"] for a in page.select(".article-header-buttons a")}
+        assert f"https://colab.research.google.com/github/{owner_and_name}/blob/colab/{chapter.docname}.ipynb" in links
+        assert f"{book.repository}/edit/main/{chapter.docname}.md" in links
+        assert book.repository in links

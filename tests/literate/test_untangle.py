@@ -85,9 +85,9 @@ def test_cell_that_left_the_chapter(book):
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
-        ('    "LIMIT",\n', "", 1, "the head of the file and its markers are generated"),
-        ("First things", "Firsts", 1, "the head of the file and its markers are generated"),
-        ("# Do not edit", "import os\n# Do not edit", 1, "the head of the file and its markers are generated"),
+        ('    "LIMIT",\n', "", 1, "an edit outside the cells; undo it"),
+        ("First things", "Firsts", 1, "an edit outside the cells; undo it"),
+        ("# Do not edit", "import os\n# Do not edit", 1, "an edit outside the cells; undo it"),
         ("# Generated", "# Made", 1, "not a generated file"),
         ("return 2 * x", "return 2 *", 15, "syntax error"),
         ("LIMIT = 10\n", "", 19, "the cell is empty"),
