@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head bf2a6486
+# %% head c55a459d
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -24,6 +24,19 @@ from guided_descent.core import (
     Options,
     check_choice,
     check_range,
+)
+from guided_descent.noise import (
+    CriticalBatch,
+    NoiseBall,
+    NoiseScale,
+    critical_batch_size,
+    expected_loss,
+    gradient_covariance,
+    minibatches,
+    noise_ball,
+    noise_scale,
+    noise_scale_from_batches,
+    per_example_gradients,
 )
 from guided_descent.problems import (
     GradientDescent,
@@ -57,11 +70,14 @@ __all__ = [
     "Adam",
     "AdamW",
     "Batch",
+    "CriticalBatch",
     "Engine",
     "GradientDescent",
     "LogisticRegression",
     "NAdam",
     "Names",
+    "NoiseBall",
+    "NoiseScale",
     "Nonfinite",
     "Optimizer",
     "Options",
@@ -73,8 +89,16 @@ __all__ = [
     "backtracking",
     "check_choice",
     "check_range",
+    "critical_batch_size",
     "digits",
+    "expected_loss",
+    "gradient_covariance",
+    "minibatches",
+    "noise_ball",
+    "noise_scale",
+    "noise_scale_from_batches",
     "optimal_momentum",
+    "per_example_gradients",
     "random_rotation",
     "rotation",
     "spectral_radius",

@@ -1,6 +1,6 @@
 # Generated from chapters/04_adaptive_methods.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f853c610
+# %% head 95fd01c9
 """Chapter 04, Adaptive methods."""
 
 __all__ = [
@@ -309,7 +309,7 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
-# %% 04_adaptive_methods sec-adafactor 1 6155bb86
+# %% 04_adaptive_methods sec-adafactor 1 133e9240
 def _min(a: Any, b: Any) -> Any:
     """The smaller of two numbers, either of which may be a tensor; without reading it."""
     if isinstance(b, Tensor):
@@ -317,15 +317,15 @@ def _min(a: Any, b: Any) -> Any:
     return a.clamp(max=b) if isinstance(a, Tensor) else min(a, b)
 
 
-def _mean_square(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The mean of x² over dimensions, which are kept, with no copy of x."""
-    if not dims:
-        return x.square()
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-    return norm.square_().div_(max(1, x.numel() // max(1, norm.numel())))
+def _rms(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Root mean square of a tensor of this shape, or of each one in a stack; broadcasts against it."""
+    if not shape:
+        return x.abs()
+    norm = torch.linalg.vector_norm(x, dim=tuple(range(-len(shape), 0)), keepdim=True)
+    return norm.div_(max(1, math.prod(shape)) ** 0.5)
 
 
-# %% 04_adaptive_methods sec-adafactor 2 6cd764b8
+# %% 04_adaptive_methods sec-adafactor 2 380fcb4c
 class Adafactor(Optimizer):
     """Adafactor: Adam's second moment of a matrix kept as its row and column means, and no first moment.
 
@@ -376,20 +376,19 @@ class Adafactor(Optimizer):
 
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
-        whole = tuple(range(-len(h.shape), 0))
         eps1 = torch.finfo(p.dtype).eps if h.eps[0] is None else h.eps[0]
-        step_size = _mean_square(p, whole).sqrt_().clamp_min_(h.eps[1]) * h.rho
+        step_size = _rms(p, h.shape).clamp_min_(h.eps[1]) * h.rho
         if h.weight_decay:
             p.mul_(1 - h.lr * h.weight_decay)
+        v = g.square()
         if len(h.shape) > 1:
-            r = s.row_var.mul_(1 - h.rho2).add_(_mean_square(g, (-1,)) * h.rho2)
-            c = s.col_var.mul_(1 - h.rho2).add_(_mean_square(g, (-2,)) * h.rho2)
-            v = r / r.mean(-2, keepdim=True).clamp_min_(eps1) * c
+            r = s.row_var.mul_(1 - h.rho2).add_(v.mean(-1, keepdim=True) * h.rho2)
+            c = s.col_var.mul_(1 - h.rho2).add_(v.mean(-2, keepdim=True) * h.rho2)
+            torch.mul(r / r.mean(-2, keepdim=True).clamp_min_(eps1), c, out=v)
         else:
-            v = s.variance.mul_(1 - h.rho2).add_(g.square() * h.rho2).clone()
+            v.copy_(s.variance.mul_(1 - h.rho2).add_(v * h.rho2))
         u = v.clamp_min_(eps1**2).rsqrt_().mul_(g)
-        clip = (_mean_square(u, whole).sqrt_() / h.d).clamp_min_(1)
-        p.addcmul_(u, step_size / clip, value=-1)
+        p.addcmul_(u, step_size / (_rms(u, h.shape) / h.d).clamp_min_(1), value=-1)
 
 
 # %% 04_adaptive_methods sec-ademamix 1 fe43d28f
