@@ -1,6 +1,6 @@
 # Generated from chapters/02_stochastic_gradients.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head bcc08dd0
+# %% head dad04e28
 """Chapter 02, Stochastic gradients."""
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 
-# %% 02_stochastic_gradients sec-minibatch-noise 1 4a1dd427
+# %% 02_stochastic_gradients sec-minibatch-noise 1 a7093fb9
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -63,7 +63,7 @@ def minibatches(
     device = generator.device if generator is not None else None
     rounds = n // batch_size if sampling == "shuffle" else 1
 
-    def draw() -> Iterator[Tensor]:
+    def draw() -> Iterator[Tensor]:  # inside, so that the checks above speak at the call and not at the first batch
         for t in range(steps):
             if sampling == "with":
                 yield torch.randint(n, (batch_size,), generator=generator, device=device)
@@ -312,7 +312,7 @@ def _examples(batch: Any) -> int:
     return len(batch)
 
 
-# %% 02_stochastic_gradients sec-critical-batch 1 555fa89c
+# %% 02_stochastic_gradients sec-critical-batch 1 2c34fe91
 class CriticalBatch(NamedTuple):
     """The trade of steps against examples, ``(S/S_min − 1)(E/E_min − 1) = 1``."""
 
@@ -331,18 +331,20 @@ def critical_batch_size(batch_sizes: Sequence[float] | Tensor, steps: Sequence[f
 
     Args:
         batch_sizes: Batch size b of each run; at least two different ones.
-        steps: Steps S that it took to the common goal, each with its own best step size; positive.
+        steps: Steps S that it took to the common goal, each with its own best step size; positive. Leave out runs that
+            never got there.
 
     Raises:
-        ValueError: Lists of different length, fewer than two batch sizes, numbers that are not positive, or runs that
-            lie on no such hyperbola.
+        ValueError: Lists of different length, fewer than two batch sizes, numbers that are not positive and finite, or
+            runs that lie on no such hyperbola.
 
     Source: McCandlish et al. (2018), arXiv 1812.06162. Chapter 02, eq-steps and eq-hyperbola.
     """
     b, S = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (batch_sizes, steps))
-    if b.ndim != 1 or b.shape != S.shape or len(b.unique()) < 2 or not ((b > 0).all() and (S > 0).all()):
-        raise ValueError(f"batch_sizes={b.tolist()}, steps={S.tolist()}; pass two lists of one length, all positive, "
-                         "with at least two different batch sizes")  # fmt: skip
+    usable = b.ndim == 1 and b.shape == S.shape and len(b.unique()) > 1
+    if not usable or not (torch.stack([b, S]) > 0).all() or not torch.stack([b, S]).isfinite().all():
+        raise ValueError(f"batch_sizes={b.tolist()}, steps={S.tolist()}; pass two lists of one length, all positive "
+                         "and finite, with at least two different batch sizes")  # fmt: skip
     S_min, E_min = torch.linalg.lstsq(torch.stack([1 / S, 1 / (b * S)], dim=1), torch.ones_like(S)).solution.tolist()
     if not (S_min > 0 and E_min > 0):
         raise ValueError(f"the best fit has S_min={S_min:.3g}, E_min={E_min:.3g}; try batch sizes further apart")

@@ -381,6 +381,7 @@ def test_critical_batch_size_refuses():
         ([2, 2], [3, 3], "different"),
         ([1, -2], [3, 3], "positive"),
         ([1, 2], [0, 3], "positive"),
+        ([1, 2], [math.inf, 3], "finite"),
         ([1, 2, 4], [10, 20, 40], "further apart"),
     ]:
         with pytest.raises(ValueError, match=words):
