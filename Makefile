@@ -1,9 +1,9 @@
-# make book · make test · make tangle · make weave · make test-gpu · make clean
+# make book · make test · make tangle · make weave · make bench · make test-gpu · make clean
 # On a fresh machine each target first creates .venv from requirements.txt.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: book test test-gpu tangle weave clean env
+.PHONY: book test test-gpu tangle weave bench clean env
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,6 +35,10 @@ test: $(READY)
 test-gpu: $(READY)
 	$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu needs a CUDA device; torch sees none')"
 	$(BIN)/pytest -n 2 --nbval-lax $(NBVAL) chapters tests/contract
+
+# Our optimizers against named peers, as ratios measured in one run, on two threads (some minutes: it compiles).
+bench: $(READY)
+	OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python benchmarks/step_time.py
 
 tangle weave: $(READY)
 	$(BIN)/python -m literate $@

@@ -1,5 +1,6 @@
-"""Which optimizer is compared with which, and what its state must take at least."""
+"""Which optimizer is compared with which, and how many numbers its state must hold at least."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,17 +12,25 @@ import guided_descent as gd
 
 @dataclass(frozen=True)
 class Pair:
-    """Ours and a peer that runs the same algorithm, with the state bytes per fp32 parameter that it needs."""
+    """Ours and a peer that runs the same algorithm, with the state that the rule needs for a tensor of some shape."""
 
     name: str
     ours: type[gd.Optimizer]
     against: str
     peer: Callable[[list[torch.Tensor]], torch.optim.Optimizer]
-    minimum: float
+    state: Callable[[tuple[int, ...]], int]
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def build(self, params: list[torch.Tensor], **options: Any) -> gd.Optimizer:
         return self.ours(params, lr=1e-3, **self.arguments, **options)
+
+
+def copies(count: int) -> Callable[[tuple[int, ...]], int]:
+    return lambda shape: count * math.prod(shape)
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> int:
+    return math.prod(shape) if len(shape) < 2 else math.prod(shape[:-2]) * (shape[-2] + shape[-1])
 
 
 def ademamix(params: list[torch.Tensor]) -> torch.optim.Optimizer:
@@ -36,14 +45,14 @@ PEERS = [
         gd.SGD,
         "torch fused",
         lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, fused=True),
-        4,
+        copies(1),
         {"momentum": 0.9},
     ),
-    Pair("Adagrad", gd.Adagrad, "torch fused", lambda p: torch.optim.Adagrad(p, lr=1e-3, fused=True), 4),
-    Pair("Adam", gd.Adam, "torch fused", lambda p: torch.optim.Adam(p, lr=1e-3, fused=True), 8),
-    Pair("AdamW", gd.AdamW, "torch fused", lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True), 8),
-    Pair("RMSprop", gd.RMSprop, "torch default", lambda p: torch.optim.RMSprop(p, lr=1e-3), 4),
-    Pair("NAdam", gd.NAdam, "torch default", lambda p: torch.optim.NAdam(p, lr=1e-3), 8),
-    Pair("Adafactor", gd.Adafactor, "torch default", lambda p: torch.optim.Adafactor(p, lr=1e-3), 0.02),
-    Pair("AdEMAMix", gd.AdEMAMix, "pytorch_optimizer", ademamix, 12),
+    Pair("Adagrad", gd.Adagrad, "torch fused", lambda p: torch.optim.Adagrad(p, lr=1e-3, fused=True), copies(1)),
+    Pair("Adam", gd.Adam, "torch fused", lambda p: torch.optim.Adam(p, lr=1e-3, fused=True), copies(2)),
+    Pair("AdamW", gd.AdamW, "torch fused", lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True), copies(2)),
+    Pair("RMSprop", gd.RMSprop, "torch default", lambda p: torch.optim.RMSprop(p, lr=1e-3), copies(1)),
+    Pair("NAdam", gd.NAdam, "torch default", lambda p: torch.optim.NAdam(p, lr=1e-3), copies(2)),
+    Pair("Adafactor", gd.Adafactor, "torch default", lambda p: torch.optim.Adafactor(p, lr=1e-3), rows_and_columns),
+    Pair("AdEMAMix", gd.AdEMAMix, "pytorch_optimizer", ademamix, copies(3)),
 ]

@@ -1,8 +1,17 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 7e9ec8be
+# %% head c55a459d
 """Guided Descent: the package that the chapters of the book build."""
 
+from guided_descent.adaptive import (
+    AdEMAMix,
+    Adafactor,
+    Adagrad,
+    Adam,
+    AdamW,
+    NAdam,
+    RMSprop,
+)
 from guided_descent.core import (
     ENGINES,
     OPTIONS,
@@ -15,6 +24,19 @@ from guided_descent.core import (
     Options,
     check_choice,
     check_range,
+)
+from guided_descent.noise import (
+    CriticalBatch,
+    NoiseBall,
+    NoiseScale,
+    critical_batch_size,
+    expected_loss,
+    gradient_covariance,
+    minibatches,
+    noise_ball,
+    noise_scale,
+    noise_scale_from_batches,
+    per_example_gradients,
 )
 from guided_descent.problems import (
     GradientDescent,
@@ -29,6 +51,11 @@ from guided_descent.problems import (
     steepest_step,
     trajectory,
 )
+from guided_descent.sgd import (
+    SGD,
+    optimal_momentum,
+    spectral_radius,
+)
 
 __version__ = "0.1.0"
 
@@ -36,24 +63,45 @@ __all__ = [
     "ENGINES",
     "OPTIONS",
     "RANGES",
+    "SGD",
+    "AdEMAMix",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
     "Batch",
+    "CriticalBatch",
     "Engine",
     "GradientDescent",
     "LogisticRegression",
+    "NAdam",
     "Names",
+    "NoiseBall",
+    "NoiseScale",
     "Nonfinite",
     "Optimizer",
     "Options",
     "Problem",
     "Quadratic",
+    "RMSprop",
     "Rosenbrock",
     "__version__",
     "backtracking",
     "check_choice",
     "check_range",
+    "critical_batch_size",
     "digits",
+    "expected_loss",
+    "gradient_covariance",
+    "minibatches",
+    "noise_ball",
+    "noise_scale",
+    "noise_scale_from_batches",
+    "optimal_momentum",
+    "per_example_gradients",
     "random_rotation",
     "rotation",
+    "spectral_radius",
     "steepest_step",
     "trajectory",
 ]

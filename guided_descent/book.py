@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4405f345
+# %% head a1805a57
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -217,7 +217,7 @@ def _png(figure: Figure) -> bytes:
     return small.getvalue()
 
 
-# %% 23_machinery sec-figures 2 9822e439
+# %% 23_machinery sec-figures 2 7bf84b9f
 def slider(
     frames: dict[str, list[dict[str, Any]]],
     *,
@@ -293,5 +293,5 @@ def _rounded(values: Any) -> list[float | None]:
 
 
 def _axis(label: str, log: bool, limits: tuple[float, float] | None) -> dict[str, Any]:
-    axis: dict[str, Any] = {"title": {"text": label}, "type": "log" if log else "linear"}
+    axis: dict[str, Any] = {"title": {"text": label}, "type": "log" if log else "linear", "exponentformat": "power"}
     return axis | ({"range": [float(np.log10(v)) if log else v for v in limits]} if limits else {})

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head ffe0d93b
+# %% head 54a30ce8
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -18,7 +18,8 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-optimizer 1 3a0b082a
+# %% 23_machinery sec-optimizer 1 13c55fc9
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from numbers import Real
@@ -113,7 +114,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}")
 
 
-# %% 23_machinery sec-batch 1 ebc006ad
+# %% 23_machinery sec-batch 1 4d31c543
 class Batch:
     """Many tensors that answer to the methods of one: each method is one ``torch._foreach_*`` call.
 
@@ -132,11 +133,11 @@ class Batch:
     def __getattr__(self, name: str) -> Callable[..., "Batch"]:
         if not hasattr(torch, f"_foreach_{name}"):
             raise AttributeError(f"an elementwise rule has no .{name}: torch has no list version of it; see Batch")
-        return lambda *args: self._call(name, *args)
+        return lambda *args, **kwargs: self._call(name, *args, **kwargs)
 
-    def _call(self, name: str, *args: Any) -> "Batch":
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> "Batch":
         lists = (x.tensors if isinstance(x, Batch) else x for x in args)
-        result = getattr(torch, f"_foreach_{name}")(self.tensors, *lists)
+        result = getattr(torch, f"_foreach_{name}")(self.tensors, *lists, **kwargs)
         return self if name.endswith("_") else Batch(result)
 
     def add_(self, x: Any, alpha: Any = 1) -> "Batch":
@@ -199,7 +200,7 @@ class Batch:
     __radd__, __rmul__ = __add__, __mul__
 
 
-# %% 23_machinery sec-base-class 1 1965c918
+# %% 23_machinery sec-base-class 1 3f77557d
 class Optimizer(torch.optim.Optimizer):
     """The base of every optimizer here: it runs a subclass's ``rule`` over all parameters.
 
@@ -263,12 +264,16 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse what is out of range or of the wrong kind."""
+        usual = {name: x.default for name, x in inspect.signature(type(self).__init__).parameters.items()}
         for name, interval in {**RANGES, **self.ranges}.items():
-            default, value = self.defaults.get(name), group.get(name)
+            if name not in self.defaults:
+                continue
+            value, default = group[name], usual.get(name)
             if isinstance(default, tuple) and not (isinstance(value, tuple | list) and len(value) == len(default)):
                 raise ValueError(f"{name}={value!r} has another form than the default {default!r}; pass one like it")
-            for number, usual in zip(value, default, strict=True) if isinstance(default, tuple) else [(value, default)]:
-                if not (number is None and usual is None):
+            pairs = zip(value, default, strict=True) if isinstance(default, tuple) else [(value, default)]
+            for number, example in pairs:
+                if not (number is None and example is None):
                     check_range(name, number, interval)
         check_choice("engine", group["engine"], ENGINES)
         check_choice("nonfinite", group["nonfinite"], ("propagate", "skip", "raise"))
@@ -423,14 +428,15 @@ class Optimizer(torch.optim.Optimizer):
         for p in params:
             state = self.state.get(p) or self._begin(p, Names(**shared), begun, finite)
             shape = () if self.elementwise else tuple(p.shape)
-            buckets[p.device, p.dtype, shape, *(id(state[name]) for name in self.clocks)].append((p, state))
-        for (device, _, shape, *_), items in buckets.items():
+            history = (id(state[name]) for name in self.clocks)
+            buckets[p.device, p.dtype, shape, tuple(state), *history].append((p, state))
+        for (device, _, shape, _, *_), items in buckets.items():
             h = Names(**shared, shape=shape)
             for name in self.clocks:
                 value = items[0][1][name]
                 # On the host reading it waits for nobody. What only the device knows stays there.
                 on_device = engine == "fused" or group["nonfinite"] == "skip"
-                setattr(h, name, _wide(value.to(device)) if on_device else value.item())
+                setattr(h, name, value.to(device, _widest(device)) if on_device else value.item())
             if "step" in self.clocks:
                 h.step = h.step + 1
             self.clock(h)
@@ -452,17 +458,17 @@ class Optimizer(torch.optim.Optimizer):
         return state
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In double precision, where the device has it: powers of β₂ = 0.999 need the digits."""
-    return x if x.device.type == "mps" else x.double()
+def _widest(device: torch.device) -> torch.dtype:
+    """Double precision, where the device has it: powers of β₂ = 0.999 need the digits."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _clock_tensor(value: float | Tensor, before: Tensor, finite: Tensor | None) -> Tensor:
     """A clock as it is stored after the step."""
-    if isinstance(value, Tensor):
-        before = before.to(value.device)
-        return value.to(before.dtype) if finite is None else torch.where(finite, value.to(before.dtype), before)
-    return torch.tensor(value, dtype=before.dtype)
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=before.dtype)
+    now = value if finite is None else torch.where(finite, value, before.to(value))
+    return now.to(min(before.dtype, value.dtype, key=lambda dtype: dtype.itemsize))
 
 
 # %% 23_machinery sec-engines 1 2abbc172
