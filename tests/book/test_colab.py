@@ -66,7 +66,10 @@ def test_every_notebook_installs_what_it_lacks_and_runs(bare_machine, tmp_path, 
         manager._kernel_spec = KernelSpec(
             argv=[str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python"
         )
-        NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        try:
+            NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        finally:
+            manager.shutdown_kernel(now=True)
         printed = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
         assert "✓ (eq-" in printed, path.name
     installed = freeze(python)
