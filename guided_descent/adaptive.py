@@ -1,6 +1,6 @@
 # Generated from chapters/04_adaptive_methods.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 95fd01c9
+# %% head 35612379
 """Chapter 04, Adaptive methods."""
 
 __all__ = [
@@ -24,7 +24,7 @@ from torch import Tensor
 from guided_descent.core import Optimizer, Options
 
 
-# %% 04_adaptive_methods sec-adagrad 2 5c0e5668
+# %% 04_adaptive_methods sec-adagrad 2 3566d711
 class Adagrad(Optimizer):
     """AdaGrad: each coordinate's step is divided by the root of all the squared gradients it has seen.
 
@@ -52,7 +52,7 @@ class Adagrad(Optimizer):
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-2, lr_decay: float = 0.0, weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0, eps: float = 1e-10, **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+    ) -> None:
         defaults = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay}
         defaults |= {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
         super().__init__(params, defaults, **options)
@@ -77,10 +77,10 @@ class Adagrad(Optimizer):
         torch._fused_adagrad_(
             p, g, s.sum, s.step, lr=h.lr, lr_decay=h.lr_decay, weight_decay=h.weight_decay, eps=h.eps,
             maximize=h.maximize, found_inf=h.found_inf,
-        )  # fmt: skip
+        )
 
 
-# %% 04_adaptive_methods sec-forgetting 1 5ec098f6
+# %% 04_adaptive_methods sec-forgetting 1 153390b9
 class RMSprop(Optimizer):
     """RMSprop: each coordinate's step is divided by the root of a running mean of its squared gradient.
 
@@ -111,7 +111,7 @@ class RMSprop(Optimizer):
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
         weight_decay: float = 0.0, momentum: float = 0.0, centered: bool = False, **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+    ) -> None:
         defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"momentum": momentum, "centered": centered}, **options)
 
@@ -152,7 +152,7 @@ def _moments(g: Tensor, s: Any, h: Any) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-# %% 04_adaptive_methods sec-adam 2 24594aca
+# %% 04_adaptive_methods sec-adam 2 3dc07a13
 class Adam(Optimizer):
     """Adam: the running mean of the gradient, divided by the root of the running mean of its square.
 
@@ -183,7 +183,7 @@ class Adam(Optimizer):
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, amsgrad: bool = False, *, decoupled_weight_decay: bool = False,
         **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+    ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"amsgrad": amsgrad, "decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(params, defaults, **options)
@@ -214,10 +214,10 @@ class Adam(Optimizer):
             p, g, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq if h.amsgrad else [], s.step, lr=h.lr, beta1=h.betas[0],
             beta2=h.betas[1], weight_decay=h.weight_decay, eps=h.eps, amsgrad=h.amsgrad, maximize=h.maximize,
             found_inf=h.found_inf,
-        )  # fmt: skip
+        )
 
 
-# %% 04_adaptive_methods sec-nadam 1 bc6e3e15
+# %% 04_adaptive_methods sec-nadam 1 0ea08660
 class NAdam(Optimizer):
     """NAdam: Adam with Nesterov's step ahead, and a momentum that warms up.
 
@@ -248,7 +248,7 @@ class NAdam(Optimizer):
         self, params: Any, lr: float | Tensor = 2e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, momentum_decay: float = 4e-3, decoupled_weight_decay: bool = False,
         **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+    ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"momentum_decay": momentum_decay, "decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(params, defaults, **options)
@@ -274,7 +274,7 @@ class NAdam(Optimizer):
         p.addcdiv_(g, root, value=-h.now).addcdiv_(m, root, value=-h.ahead)
 
 
-# %% 04_adaptive_methods sec-weight-decay 1 543f13fb
+# %% 04_adaptive_methods sec-weight-decay 1 ea754749
 class AdamW(Adam):
     """AdamW: Adam whose weight decay acts on the parameter and not through the gradient.
 
@@ -299,7 +299,7 @@ class AdamW(Adam):
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, amsgrad: bool = False, **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -325,7 +325,7 @@ def _rms(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return norm.div_(max(1, math.prod(shape)) ** 0.5)
 
 
-# %% 04_adaptive_methods sec-adafactor 2 380fcb4c
+# %% 04_adaptive_methods sec-adafactor 2 12b5c674
 class Adafactor(Optimizer):
     """Adafactor: Adam's second moment of a matrix kept as its row and column means, and no first moment.
 
@@ -360,7 +360,7 @@ class Adafactor(Optimizer):
         self, params: Any, lr: float | Tensor = 1e-2, beta2_decay: float = -0.8,
         eps: tuple[float | None, float] = (None, 1e-3), d: float = 1.0, weight_decay: float = 0.0,
         **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+    ) -> None:
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
         super().__init__(params, defaults, **options)
 
@@ -391,7 +391,7 @@ class Adafactor(Optimizer):
         p.addcmul_(u, step_size / (_rms(u, h.shape) / h.d).clamp_min_(1), value=-1)
 
 
-# %% 04_adaptive_methods sec-ademamix 1 fe43d28f
+# %% 04_adaptive_methods sec-ademamix 1 f57e3b7b
 class AdEMAMix(Optimizer):
     """AdEMAMix: Adam that also follows a second, much slower mean of the gradient.
 
@@ -423,7 +423,7 @@ class AdEMAMix(Optimizer):
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
         alpha: float = 5.0, t_alpha_beta3: float | None = None, eps: float = 1e-8, weight_decay: float = 0.0,
         **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+    ) -> None:
         defaults = {"lr": lr, "betas": betas, "alpha": alpha, "t_alpha_beta3": t_alpha_beta3, "eps": eps}
         super().__init__(params, defaults | {"weight_decay": weight_decay}, **options)
 

@@ -1,6 +1,6 @@
 # Generated from chapters/02_stochastic_gradients.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head dad04e28
+# %% head 0b99e94f
 """Chapter 02, Stochastic gradients."""
 
 __all__ = [
@@ -133,13 +133,13 @@ def gradient_covariance(
     return g, (G - g).T @ (G - g) / len(G)
 
 
-# %% 02_stochastic_gradients sec-minibatch-noise 3 236cdff6
+# %% 02_stochastic_gradients sec-minibatch-noise 3 a21da2bf
 def _functional(loss: Callable[..., Tensor], model: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Tensor]]:
     """A module's trainable parameters by name, and the loss of one example as a function of them."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ValueError(f"module {name!r} normalises over the batch, so no example has a loss of its own; call "
-                             "model.eval() first, or use noise_scale, which needs batch gradients only")  # fmt: skip
+                             "model.eval() first, or use noise_scale, which needs batch gradients only")
 
     def one(values: dict[str, Tensor], *example: Tensor) -> Tensor:
         *inputs, target = (e.unsqueeze(0) for e in example)
@@ -312,7 +312,7 @@ def _examples(batch: Any) -> int:
     return len(batch)
 
 
-# %% 02_stochastic_gradients sec-critical-batch 1 2c34fe91
+# %% 02_stochastic_gradients sec-critical-batch 1 601f293a
 class CriticalBatch(NamedTuple):
     """The trade of steps against examples, ``(S/S_min − 1)(E/E_min − 1) = 1``."""
 
@@ -344,7 +344,7 @@ def critical_batch_size(batch_sizes: Sequence[float] | Tensor, steps: Sequence[f
     usable = b.ndim == 1 and b.shape == S.shape and len(b.unique()) > 1
     if not usable or not (torch.stack([b, S]) > 0).all() or not torch.stack([b, S]).isfinite().all():
         raise ValueError(f"batch_sizes={b.tolist()}, steps={S.tolist()}; pass two lists of one length, all positive "
-                         "and finite, with at least two different batch sizes")  # fmt: skip
+                         "and finite, with at least two different batch sizes")
     S_min, E_min = torch.linalg.lstsq(torch.stack([1 / S, 1 / (b * S)], dim=1), torch.ones_like(S)).solution.tolist()
     if not (S_min > 0 and E_min > 0):
         raise ValueError(f"the best fit has S_min={S_min:.3g}, E_min={E_min:.3g}; try batch sizes further apart")

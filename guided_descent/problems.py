@@ -1,6 +1,6 @@
 # Generated from chapters/01_steepest_descent.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 770dfb4e
+# %% head cc568bda
 """Chapter 01, Steepest descent."""
 
 __all__ = [
@@ -333,12 +333,12 @@ def _check_metric(P: Tensor, g: Tensor) -> Tensor:
     return factor
 
 
-# %% 01_steepest_descent sec-line-search 1 4c7c57b7
+# %% 01_steepest_descent sec-line-search 1 21617ed4
 @torch.no_grad()
 def backtracking(
     loss: Callable[[Tensor], Tensor], x: Tensor, d: Tensor, g: Tensor, *,
     lr: float = 1.0, c: float = 1e-4, shrink: float = 0.5, limit: int = 100,
-) -> float:  # fmt: skip
+) -> float:
     """Line search: the first step that lowers the loss enough.
 
     Returns the first η of ``lr, shrink·lr, shrink²·lr, …`` that satisfies
