@@ -60,15 +60,22 @@ every_class = pytest.mark.parametrize("case", [pytest.param(c, id=n) for n, c in
 every_case_with_a_peer = pytest.mark.parametrize(
     "case", [pytest.param(case, id=name) for name, case in CASES.items() if case.theirs and "-" not in name]
 )
-every_case_and_engine = pytest.mark.parametrize(
-    ("case", "engine"),
-    [
-        pytest.param(case, engine, id=f"{name}-{engine}")
-        for name, case in CASES.items()
-        for engine in ENGINES
-        if engine != "fused" or case.cls.fused
-    ],
-)
+
+
+def cases_and_engines(keep=lambda case, engine: True):
+    """Every case on every engine that it has, as far as ``keep`` says."""
+    return pytest.mark.parametrize(
+        ("case", "engine"),
+        [
+            pytest.param(case, engine, id=f"{name}-{engine}")
+            for name, case in CASES.items()
+            for engine in ENGINES
+            if (engine != "fused" or case.cls.fused) and keep(case, engine)
+        ],
+    )
+
+
+every_case_and_engine = cases_and_engines()
 compile_for_real = torch.compile
 
 
@@ -130,10 +137,8 @@ def test_every_engine_shape_and_dtype_follows_the_loop(case, engine, dtype):
     assert not same([p for p in moved if p.numel()], [p.detach() for p in tensors(dtype) if p.numel()])
 
 
-@every_case_and_engine
+@cases_and_engines(lambda case, engine: case.theirs)  # AdEMAMix: see tests/parity
 def test_follows_torch(case, engine):
-    if case.theirs is None:
-        return  # its parity is tested against another peer
     ours, theirs = tensors(shapes=SOLID), tensors(shapes=SOLID)
     close(
         steps(case.build(ours, lr=0.1, engine=engine), ours, range(100)),
@@ -151,10 +156,8 @@ def test_non_contiguous_parameters(case, engine):
     close(a, steps(case.build([strided], lr=0.1, engine=valid(engine, strided)), [strided], range(3)))
 
 
-@every_case_and_engine
+@cases_and_engines(lambda case, engine: case.cls.elementwise)  # others refuse: see test_engine.py
 def test_complex_parameters_are_pairs_of_reals(case, engine):
-    if not case.cls.elementwise:
-        return  # refused: see test_engine.py
     real = torch.randn(3, 2, dtype=torch.float64, device=DEVICE).requires_grad_()
     z = torch.view_as_complex(real.detach().clone()).requires_grad_()
     a, b = case.build([real], lr=0.1, engine=engine), case.build([z], lr=0.1, engine=valid(engine, z))
@@ -204,10 +207,8 @@ def test_tensor_learning_rate_is_the_same_number_and_stays_it(case, engine, shap
     assert not same(a, tensors()) and lr.unique().item() == 0.1
 
 
-@every_case_and_engine
+@cases_and_engines(lambda case, engine: engine != "compile")  # fullgraph=True: a read would not compile
 def test_no_host_synchronisation(case, engine):
-    if engine == "compile":
-        return  # traced with fullgraph=True: reading a value back would not compile
     clocks = []
 
     class NoItem(TorchDispatchMode):
