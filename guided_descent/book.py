@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a1805a57
+# %% head 8bec997c
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -78,7 +78,7 @@ def _array(x: Any) -> np.ndarray:
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
-# %% 23_machinery sec-train 1 c70375ac
+# %% 23_machinery sec-train 1 9592e021
 def seed(n: int = 0) -> torch.Generator:
     """Seed Python, NumPy and torch, and return a CPU generator with the same seed.
 
@@ -110,7 +110,8 @@ def train(
 ) -> dict[str, Tensor]:
     """Take ``steps`` optimizer steps on ``loss``, with a progress bar, and return what happened.
 
-    The loss is handed to the optimizer as a closure, so methods that evaluate it several times a step work too.
+    The loss is handed to the optimizer as a closure, so methods that evaluate it several times a step work too, and
+    so do those that differentiate it themselves.
     Values stay on the device until the end: recording costs no synchronisation.
 
     Args:
@@ -154,7 +155,8 @@ def train(
         def closure(batch: tuple[Any, ...] = batch, first: list[Tensor] = first) -> Tensor:
             optimizer.zero_grad()
             value = loss(*batch)
-            value.backward()
+            if not getattr(optimizer, "differentiates", False):
+                value.backward()
             first.append(value.detach())
             return value
 

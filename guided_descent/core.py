@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 54a30ce8
+# %% head 9dd45659
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -200,7 +200,7 @@ class Batch:
     __radd__, __rmul__ = __add__, __mul__
 
 
-# %% 23_machinery sec-base-class 1 3f77557d
+# %% 23_machinery sec-base-class 1 ef03eab4
 class Optimizer(torch.optim.Optimizer):
     """The base of every optimizer here: it runs a subclass's ``rule`` over all parameters.
 
@@ -230,6 +230,12 @@ class Optimizer(torch.optim.Optimizer):
     clocks: tuple[str, ...] = ()
     #: Ranges of hyperparameters that only this method has.
     ranges: dict[str, str] = {}
+    #: The engines it can run on.
+    engines: tuple[str, ...] = ("auto", "loop", "foreach", "fused", "compile")
+    #: Whether ``step`` needs a closure.
+    needs_closure = False
+    #: Whether the method differentiates the loss itself: its closure then returns the loss and calls no ``backward``.
+    differentiates = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Optimizer":
         """Refuse the keywords of torch.optim that have another name here, whatever the subclass's signature."""
@@ -275,7 +281,7 @@ class Optimizer(torch.optim.Optimizer):
             for number, example in pairs:
                 if not (number is None and example is None):
                     check_range(name, number, interval)
-        check_choice("engine", group["engine"], ENGINES)
+        check_choice("engine", group["engine"], self.engines)
         check_choice("nonfinite", group["nonfinite"], ("propagate", "skip", "raise"))
         check_choice("maximize", group["maximize"], (False, True))
         dtype = group["state_dtype"]
