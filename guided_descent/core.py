@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 9dd45659
+# %% head 06e62cde
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -18,10 +18,10 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-optimizer 1 13c55fc9
+# %% 23_machinery sec-optimizer 1 4626266b
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -200,7 +200,7 @@ class Batch:
     __radd__, __rmul__ = __add__, __mul__
 
 
-# %% 23_machinery sec-base-class 1 ef03eab4
+# %% 23_machinery sec-base-class 1 0a82bfbc
 class Optimizer(torch.optim.Optimizer):
     """The base of every optimizer here: it runs a subclass's ``rule`` over all parameters.
 
@@ -377,11 +377,12 @@ class Optimizer(torch.optim.Optimizer):
             for p, states, h in self._buckets(group, params, engine, finite):
                 keep = finite.to(p[0].device) if group["nonfinite"] == "skip" and finite is not None else None
                 now = {name: _clock_tensor(getattr(h, name), states[0][name], keep) for name in self.clocks}
-                g = [_as_real(x.grad) for x in p]
-                s = {name: [_as_real(state[name]) for state in states] for name in states[0] if name not in self.clocks}
-                ENGINES[engine](self, [_as_real(x) for x in p], g, s, h, keep)
-                for state in states:
-                    state.update(now)
+                g = _as_real(x.grad for x in p)
+                s = {name: _as_real(x[name] for x in states) for name in states[0] if name not in self.clocks}
+                ENGINES[engine](self, _as_real(p), g, s, h, keep)
+                if now:
+                    for state in states:
+                        state.update(now)
         return loss
 
     def _engine(self, group: dict[str, Any], params: list[Tensor]) -> str:
@@ -501,7 +502,7 @@ def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype) if x.is_floating_point() else x for x in tensors]
 
 
-# %% 23_machinery sec-engines 2 94a6b265
+# %% 23_machinery sec-engines 2 74c59488
 def _loop(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None) -> None:
     """The rule on one tensor after another: the reference for every other engine."""
     numbers_on_device = any(isinstance(value, Tensor) for value in vars(h).values())
@@ -596,9 +597,9 @@ def _chunks(p: list[Tensor]) -> Iterator[slice]:
     yield slice(start, len(p))
 
 
-def _as_real(x: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals that share its memory; any other tensor as it is."""
-    return torch.view_as_real(x) if torch.is_complex(x) else x
+def _as_real(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Complex tensors as pairs of reals that share their memory; any other tensor as it is."""
+    return [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
 
 
 def _state_dtype(value: Tensor, p: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -612,16 +613,16 @@ def _state_dtype(value: Tensor, p: Tensor, dtype: torch.dtype | None) -> torch.d
 def _unfusable(params: list[Tensor], state_dtype: torch.dtype | None) -> str:
     """Why torch's fused kernels cannot take these parameters, or nothing."""
     for p in params:
+        kind = p.device.type
+        if not p.is_floating_point():
+            return "a parameter is not a real floating-point tensor"
+        if kind not in ("cpu", "cuda", "mps", "xpu"):
+            return f"a parameter is on {kind}"
+        if kind == "cpu" and p.dtype.itemsize < 4:  # torch 2.13's fused SGD takes wrong steps there, from 16 elements on
+            return f"a parameter is {p.dtype} on the CPU"
         dense = p.is_contiguous() or p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
-        reasons = {
-            "a parameter is not a real floating-point tensor": not p.is_floating_point(),
-            f"a parameter is on {p.device.type}": p.device.type not in ("cpu", "cuda", "mps", "xpu"),
-            # torch 2.13's fused SGD takes wrong steps there, from 16 elements on
-            f"a parameter is {p.dtype} on the CPU": p.device.type == "cpu" and p.dtype.itemsize < 4,
-            "a parameter or its gradient is not contiguous": not dense or p.stride() != p.grad.stride(),
-            f"state_dtype={state_dtype} differs from a parameter's": state_dtype not in (None, p.dtype),
-        }
-        for reason, holds in reasons.items():
-            if holds:
-                return reason
+        if not dense or p.stride() != p.grad.stride():
+            return "a parameter or its gradient is not contiguous"
+        if state_dtype not in (None, p.dtype):
+            return f"state_dtype={state_dtype} differs from a parameter's"
     return ""
