@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 06e62cde
+# %% head 07146d6a
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -502,7 +502,7 @@ def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype) if x.is_floating_point() else x for x in tensors]
 
 
-# %% 23_machinery sec-engines 2 74c59488
+# %% 23_machinery sec-engines 2 93b9ad97
 def _loop(optimizer: Optimizer, p: list, g: list, s: dict, h: Names, finite: Tensor | None) -> None:
     """The rule on one tensor after another: the reference for every other engine."""
     numbers_on_device = any(isinstance(value, Tensor) for value in vars(h).values())
@@ -618,7 +618,7 @@ def _unfusable(params: list[Tensor], state_dtype: torch.dtype | None) -> str:
             return "a parameter is not a real floating-point tensor"
         if kind not in ("cpu", "cuda", "mps", "xpu"):
             return f"a parameter is on {kind}"
-        if kind == "cpu" and p.dtype.itemsize < 4:  # torch 2.13's fused SGD takes wrong steps there, from 16 elements on
+        if kind == "cpu" and p.dtype.itemsize < 4:  # fused SGD of torch 2.13 is wrong there, from 16 elements on
             return f"a parameter is {p.dtype} on the CPU"
         dense = p.is_contiguous() or p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
         if not dense or p.stride() != p.grad.stride():
