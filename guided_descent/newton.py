@@ -1,6 +1,6 @@
 # Generated from chapters/06_newton.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 3bca0abc
+# %% head 324f0e40
 """Chapter 06, Newton and quasi-Newton."""
 
 __all__ = [
@@ -30,7 +30,7 @@ from torch import Tensor
 from guided_descent.core import Optimizer, Options, check_choice, check_range
 
 
-# %% 06_newton sec-newton-step 2 db3cfad9
+# %% 06_newton sec-newton-step 2 137c7dee
 class Objective:
     """A closure's loss as a function of one vector: all parameters.
 
@@ -117,10 +117,11 @@ class Objective:
             is_grads_batched=v.ndim == 2,
             materialize_grads=True,
         )
-        rows = [
-            h.reshape(*v.shape[:-1], n) for h, n in zip(Hv, sizes, strict=True)
+        Hv = [  # torch's zero for an unused parameter has no rows
+            h.expand(shape).reshape(*v.shape[:-1], -1 if n else 0)
+            for h, shape, n in zip(Hv, shapes, sizes, strict=True)
         ]
-        return self.sign * torch.cat(rows, -1)
+        return self.sign * torch.cat(Hv, -1)
 
     def hessian(self) -> Tensor:
         """The Hessian, made symmetric to the last bit."""
@@ -275,15 +276,15 @@ class VectorOptimizer(Optimizer):
         group = self.param_groups[0]
         self._check_params(group["params"])
         first, lr = group["params"][0], float(group["lr"])
+        if not any(p.requires_grad for p in group["params"]):
+            with torch.enable_grad():
+                return closure()
         objective = Objective(
             group["params"],
             closure,
             maximize=group["maximize"],
             differentiates=self.differentiates,
         )
-        if not objective.params:
-            with torch.enable_grad():
-                return closure()
         x = new = objective.x
         state = {"n_iter": 0, "func_evals": 0, **self.state.get(first, {})}
         try:
@@ -435,7 +436,7 @@ class Newton(VectorOptimizer):
         return objective.x + t * d
 
 
-# %% 06_newton sec-wolfe 1 e4111392
+# %% 06_newton sec-wolfe 1 0e293e71
 class Trial(NamedTuple):
     """A point on a line: step length, loss, slope, and gradient if known.
 
@@ -518,7 +519,8 @@ def strong_wolfe(
             if t in (low.t, high.t):
                 break
         new = phi(t)
-    return new if enough(new) and new.f <= low.f else low
+    best = new if enough(new) and new.f <= low.f else low
+    return best if best.f < start.f else start
 
 
 def _cubic(a: Trial, b: Trial) -> float:
