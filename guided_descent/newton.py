@@ -1,6 +1,6 @@
 # Generated from chapters/06_newton.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 324f0e40
+# %% head 4e0f7cc7
 """Chapter 06, Newton and quasi-Newton."""
 
 __all__ = [
@@ -361,7 +361,7 @@ class VectorOptimizer(Optimizer):
                 )
 
 
-# %% 06_newton sec-newton-step 3 86f217e3
+# %% 06_newton sec-newton-step 3 af128d13
 class Newton(VectorOptimizer):
     """Newton's method, damped, with a line search.
 
@@ -372,7 +372,7 @@ class Newton(VectorOptimizer):
 
     Where H is positive definite and ``damping = 0`` this is −H⁻¹ g. The
     absolute value turns a saddle from an attractor into a repeller.
-    Eigenvalues below round-off, d · eps · max |λ|, are raised to it.
+    Eigenvalues below round-off, ``d · eps · max |λ|``, are raised to it.
 
     Memory d² and work d³ a step, with d the number of parameters. The
     closure returns the loss and does not call ``backward``; the Hessian
@@ -381,7 +381,7 @@ class Newton(VectorOptimizer):
     Args:
         params: Parameters or one group of them; frozen ones are left out.
         lr: First trial step length t, in [0, ∞). Default 1: Newton's step.
-        damping: Added to every |λ|, in [0, ∞). Default 0.
+        damping: Added to every ``|λ|``, in [0, ∞). Default 0.
         line_search_fn: ``"strong_wolfe"`` (default), or ``None`` to take
             the step ``lr`` as it is.
         **options: ``maximize``, ``engine``, ``nonfinite``, see
