@@ -1,6 +1,6 @@
 # Generated from chapters/06_newton.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4e0f7cc7
+# %% head 66aecb77
 """Chapter 06, Newton and quasi-Newton."""
 
 __all__ = [
@@ -436,7 +436,7 @@ class Newton(VectorOptimizer):
         return objective.x + t * d
 
 
-# %% 06_newton sec-wolfe 1 0e293e71
+# %% 06_newton sec-wolfe 1 c6455747
 class Trial(NamedTuple):
     """A point on a line: step length, loss, slope, and gradient if known.
 
@@ -523,6 +523,7 @@ def strong_wolfe(
     return best if best.f < start.f else start
 
 
+# %% 06_newton sec-wolfe 2 05a21679
 def _cubic(a: Trial, b: Trial) -> float:
     """Where the cubic with the losses and slopes of two trials is lowest."""
     chord = (b.f - a.f) / (b.t - a.t)
@@ -547,9 +548,7 @@ def _inside(low: Trial, high: Trial, stuck: bool) -> tuple[float, bool]:
         return t, False
     if not stuck and left < t < right:
         return t, True
-    return (
-        left + margin if t < (left + right) / 2 else right - margin
-    ), False
+    return (left + margin if t < (left + right) / 2 else right - margin), False
 
 
 def _along(
