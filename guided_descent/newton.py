@@ -1,6 +1,6 @@
 # Generated from chapters/06_newton.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 66aecb77
+# %% head a004a519
 """Chapter 06, Newton and quasi-Newton."""
 
 __all__ = [
@@ -19,9 +19,10 @@ __all__ = [
 ]
 
 
-# %% 06_newton sec-newton-step 1 58ab45cc
+# %% 06_newton sec-newton-step 1 96a61697
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from guided_descent.core import Optimizer, Options, check_choice, check_range
 
 
-# %% 06_newton sec-newton-step 2 137c7dee
+# %% 06_newton sec-newton-step 2 18e56617
 class Objective:
     """A closure's loss as a function of one vector: all parameters.
 
@@ -87,6 +88,7 @@ class Objective:
         with torch.enable_grad():
             loss = self.closure()
         self.calls += 1
+        self._check_loss(loss)
         if self.differentiates:
             gradients = self._differentiate(loss, graph)
             self.slopes = gradients
@@ -109,14 +111,23 @@ class Objective:
             part.reshape(shape)
             for part, shape in zip(v.split(sizes, -1), shapes, strict=True)
         ]
-        Hv = torch.autograd.grad(
-            [self.slopes[k] for k in live],
-            self.params,
-            [parts[k] for k in live],
-            retain_graph=True,
-            is_grads_batched=v.ndim == 2,
-            materialize_grads=True,
-        )
+        try:
+            Hv = torch.autograd.grad(
+                [self.slopes[k] for k in live],
+                self.params,
+                [parts[k] for k in live],
+                retain_graph=True,
+                is_grads_batched=v.ndim == 2,
+                materialize_grads=True,
+            )
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise RuntimeError(
+                f"no second derivative: {error}; use operations that have "
+                "one (attention: run the closure's forward pass under "
+                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
+            ) from error
         Hv = [  # torch's zero for an unused parameter has no rows
             h.expand(shape).reshape(*v.shape[:-1], -1 if n else 0)
             for h, shape, n in zip(Hv, shapes, sizes, strict=True)
@@ -125,8 +136,21 @@ class Objective:
 
     def hessian(self) -> Tensor:
         """The Hessian, made symmetric to the last bit."""
-        H = self.product(torch.eye(len(self.x)).to(self.x))
+        H = self.product(torch.ones_like(self.x).diag())
         return (H + H.T) / 2
+
+    def _check_loss(self, loss: Any) -> None:
+        """Refuse what is no loss."""
+        if isinstance(loss, Tensor):
+            fine, kind = loss.numel() == 1, f"shape {tuple(loss.shape)}"
+        else:
+            fine = isinstance(loss, Real) and not self.differentiates
+            kind = f"type {type(loss).__name__}"
+        if not fine:
+            raise TypeError(
+                f"the closure returned something of {kind}; "
+                "let it return the loss, a tensor with one element"
+            )
 
     def _collect(self) -> list[Tensor]:
         """The gradients that the closure's ``backward`` has left."""
@@ -145,13 +169,6 @@ class Objective:
 
     def _differentiate(self, loss: Any, graph: bool) -> tuple[Tensor, ...]:
         """The gradients of a loss that nobody has differentiated yet."""
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            kind = type(loss).__name__
-            shape = getattr(loss, "shape", None)
-            raise TypeError(
-                f"the closure returned a {kind} of shape {shape}; "
-                "let it return the loss, a tensor with one element"
-            )
         if not loss.requires_grad:
             raise RuntimeError(
                 "the closure's loss does not depend on the parameters; let "
@@ -252,13 +269,14 @@ class VectorOptimizer(Optimizer):
         Args:
             closure: Clears the gradients, computes the loss, and returns
                 it. It calls ``backward`` for ``BFGS`` and ``LBFGS``, and
-                does not for ``Newton`` and ``NewtonCG``.
+                does not for ``Newton`` and ``NewtonCG``. Within a step it
+                is the same function each time: one batch, no dropout.
 
         Returns:
             The loss at the point where the step began.
 
         Raises:
-            TypeError: There is no closure.
+            TypeError: There is no closure, or it returns no loss.
             RuntimeError: The closure called ``backward`` where it should
                 not, or did not where it should.
             ValueError: A sparse gradient.
@@ -361,7 +379,7 @@ class VectorOptimizer(Optimizer):
                 )
 
 
-# %% 06_newton sec-newton-step 3 af128d13
+# %% 06_newton sec-newton-step 3 fd7153b8
 class Newton(VectorOptimizer):
     """Newton's method, damped, with a line search.
 
@@ -374,7 +392,8 @@ class Newton(VectorOptimizer):
     absolute value turns a saddle from an attractor into a repeller.
     Eigenvalues below round-off, ``d · eps · max |λ|``, are raised to it.
 
-    Memory d² and work d³ a step, with d the number of parameters. The
+    Memory d² and work d³ a step, with d the number of parameters; and d
+    times the memory of a backward pass, for d products at once. The
     closure returns the loss and does not call ``backward``; the Hessian
     needs operations with second derivatives that ``torch.vmap`` can batch.
 
@@ -625,7 +644,7 @@ def _to_boundary(z: Tensor, p: Tensor, radius: float) -> Tensor:
     return z + (gap / (zp + root) if zp > 0 else (root - zp) / pp) * p
 
 
-# %% 06_newton sec-trust-region 1 f0212860
+# %% 06_newton sec-trust-region 1 b56d18bc
 class NewtonCG(VectorOptimizer):
     """Newton's method without a Hessian: conjugate gradients in a ball.
 
@@ -691,9 +710,10 @@ class NewtonCG(VectorOptimizer):
             limit=group["max_cg"],
         )
         promised = -float(g @ z + z @ objective.product(z) / 2)
-        noise = _rounding(f, g)
-        gain = f - objective(x + z)[0]
-        rho = (gain + noise) / (promised + noise)
+        noise, gain = _rounding(f, g), f - objective(x + z)[0]
+        rho = -1.0  # a promise of nothing is not to be trusted
+        if promised > 0:
+            rho = (gain + noise) / (promised + noise)
         if not rho >= 0.25:
             factor = factor / 4
         elif rho > 0.75 and far:
@@ -727,7 +747,7 @@ def bfgs_update(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return inverse - rho * (across + across.T) + length * torch.outer(s, s)
 
 
-# %% 06_newton sec-secant 2 7f60ff74
+# %% 06_newton sec-secant 2 d53442f2
 class QuasiNewton(VectorOptimizer):
     """The base of methods that learn curvature from gradients alone.
 
@@ -756,12 +776,16 @@ class QuasiNewton(VectorOptimizer):
     ) -> None:
         """Learn from a step with ``⟨s, y⟩ > 0``."""
 
-    def first_trial(
-        self, f: float, g: Tensor, d: Tensor, state: dict[str, Any]
-    ) -> float:
+    def first_trial(self, g: Tensor, state: dict[str, Any]) -> float:
         """The first t to try, for ``lr = 1``."""
         begun = self.memory[0] in state
         return 1.0 if begun else min(1.0, 1 / float(g.abs().sum()))
+
+    def shorten(
+        self, t: float, f: float, slope: float, state: dict[str, Any]
+    ) -> float:
+        """``t``, or a shorter first trial for a line search."""
+        return t
 
     def search(
         self,
@@ -783,11 +807,14 @@ class QuasiNewton(VectorOptimizer):
                 break
             begun = self.memory[0] in state
             d = self.direction(g, state)
-            t = lr * self.first_trial(f, g, d, state)
+            t = lr * self.first_trial(g, state)
             if group["line_search_fn"] is not None:
+                t = self.shorten(t, f, float(g @ d), state)
                 new = _along(objective, x, d, f, g, t)
             elif left:
                 after = objective(x + t * d)
+                if not math.isfinite(after[0] + float(after[1].sum())):
+                    break
                 new = Trial(t, after[0], 0.0, after[1])
             else:  # the next step will see where this one leads
                 state.update(d=d, t=t, prev_flat_grad=g)
@@ -819,7 +846,7 @@ class QuasiNewton(VectorOptimizer):
             state.pop(name, None)
 
 
-# %% 06_newton sec-secant 3 37a2c156
+# %% 06_newton sec-secant 3 c341abae
 class BFGS(QuasiNewton):
     """BFGS: the inverse Hessian, learnt from gradients.
 
@@ -890,12 +917,12 @@ class BFGS(QuasiNewton):
         if group["initial_scale"] is not None:
             check_range("initial_scale", group["initial_scale"], "(0, inf)")
 
-    def first_trial(
-        self, f: float, g: Tensor, d: Tensor, state: dict[str, Any]
+    def shorten(
+        self, t: float, f: float, slope: float, state: dict[str, Any]
     ) -> float:
-        t = super().first_trial(f, g, d, state)
         drop = state.get("prev_loss", f) - f
-        return min(t, -2.02 * drop / float(g @ d)) if drop > 0 else t
+        short = -2.02 * drop / slope if slope < 0 else t
+        return short if 0 < short < t else t
 
     def direction(self, g: Tensor, state: dict[str, Any]) -> Tensor:
         inverse = state.get("inverse_hessian")
@@ -911,11 +938,11 @@ class BFGS(QuasiNewton):
         inverse = state.get("inverse_hessian")
         if inverse is None:
             scale = group["initial_scale"] or (s @ y) / (y @ y)
-            inverse = scale * torch.eye(len(s)).to(s)
+            inverse = scale * torch.ones_like(s).diag()
         state["inverse_hessian"] = bfgs_update(inverse, s, y)
 
 
-# %% 06_newton sec-lbfgs 1 c0b4c135
+# %% 06_newton sec-lbfgs 1 f7475be5
 def two_loop(
     g: Tensor,
     steps: list[Tensor],
@@ -928,7 +955,7 @@ def two_loop(
         g: A vector, shape ``(d,)``.
         steps: s₁ … s_m, oldest first, each of shape ``(d,)``.
         changes: y₁ … y_m, with ``⟨s, y⟩ > 0``.
-        scale: γ, the matrix to begin with is γ I. Default 1.
+        scale: θ, the matrix to begin with is θ I. Default 1.
 
     Returns:
         Shape ``(d,)``; 4 m d multiplications, and no matrix.
@@ -947,13 +974,13 @@ def two_loop(
     return q
 
 
-# %% 06_newton sec-lbfgs 2 58031ef2
+# %% 06_newton sec-lbfgs 2 f83c89e5
 class LBFGS(QuasiNewton):
     """L-BFGS: BFGS from its last ``history_size`` pairs, without a matrix.
 
-    With γ = ⟨s, y⟩ / ⟨y, y⟩ of the newest pair (s, y)::
+    With θ = ⟨s, y⟩ / ⟨y, y⟩ of the newest pair (s, y)::
 
-        B⁻¹ ← BFGS's update of γ I by the pairs, oldest first
+        B⁻¹ ← BFGS's update of θ I by the pairs, oldest first
         x ← x − t B⁻¹ g        t from a strong Wolfe line search
 
     Memory 2 d · history_size. The closure is that of ``torch.optim.LBFGS``,
