@@ -1,6 +1,6 @@
 # Generated from chapters/06_newton.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a004a519
+# %% head a9e5bc4e
 """Chapter 06, Newton and quasi-Newton."""
 
 __all__ = [
@@ -31,12 +31,12 @@ from torch import Tensor
 from guided_descent.core import Optimizer, Options, check_choice, check_range
 
 
-# %% 06_newton sec-newton-step 2 18e56617
+# %% 06_newton sec-newton-step 2 691c1887
 class Objective:
     """A closure's loss as a function of one vector: all parameters.
 
-    Frozen parameters are left out. Numbers are read back to the host, once
-    an evaluation.
+    Frozen parameters are left out. Each evaluation reads numbers back to
+    the host.
 
     Args:
         params: The parameters: real, of one type and on one device.
