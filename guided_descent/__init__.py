@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c55a459d
+# %% head 52b37161
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -24,6 +24,20 @@ from guided_descent.core import (
     Options,
     check_choice,
     check_range,
+)
+from guided_descent.newton import (
+    BFGS,
+    LBFGS,
+    Newton,
+    NewtonCG,
+    Objective,
+    QuasiNewton,
+    Trial,
+    VectorOptimizer,
+    bfgs_update,
+    strong_wolfe,
+    truncated_cg,
+    two_loop,
 )
 from guided_descent.noise import (
     CriticalBatch,
@@ -60,7 +74,9 @@ from guided_descent.sgd import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BFGS",
     "ENGINES",
+    "LBFGS",
     "OPTIONS",
     "RANGES",
     "SGD",
@@ -76,17 +92,24 @@ __all__ = [
     "LogisticRegression",
     "NAdam",
     "Names",
+    "Newton",
+    "NewtonCG",
     "NoiseBall",
     "NoiseScale",
     "Nonfinite",
+    "Objective",
     "Optimizer",
     "Options",
     "Problem",
     "Quadratic",
+    "QuasiNewton",
     "RMSprop",
     "Rosenbrock",
+    "Trial",
+    "VectorOptimizer",
     "__version__",
     "backtracking",
+    "bfgs_update",
     "check_choice",
     "check_range",
     "critical_batch_size",
@@ -103,5 +126,8 @@ __all__ = [
     "rotation",
     "spectral_radius",
     "steepest_step",
+    "strong_wolfe",
     "trajectory",
+    "truncated_cg",
+    "two_loop",
 ]

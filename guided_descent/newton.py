@@ -1,0 +1,1059 @@
+# Generated from chapters/06_newton.md by `python -m literate tangle`.
+# Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
+# %% head a9e5bc4e
+"""Chapter 06, Newton and quasi-Newton."""
+
+__all__ = [
+    "BFGS",
+    "LBFGS",
+    "Newton",
+    "NewtonCG",
+    "Objective",
+    "QuasiNewton",
+    "Trial",
+    "VectorOptimizer",
+    "bfgs_update",
+    "strong_wolfe",
+    "truncated_cg",
+    "two_loop",
+]
+
+
+# %% 06_newton sec-newton-step 1 96a61697
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+
+from guided_descent.core import Optimizer, Options, check_choice, check_range
+
+
+# %% 06_newton sec-newton-step 2 691c1887
+class Objective:
+    """A closure's loss as a function of one vector: all parameters.
+
+    Frozen parameters are left out. Each evaluation reads numbers back to
+    the host.
+
+    Args:
+        params: The parameters: real, of one type and on one device.
+        closure: Computes the loss, and calls ``backward`` unless
+            ``differentiates``; gradients are enabled around it.
+        maximize: Negate the loss. Default ``False``.
+        differentiates: Take gradients of the loss that is returned, rather
+            than read ``.grad``. Default ``False``.
+
+    Attributes:
+        x: The parameters as one vector, when this was built.
+        calls: How often the closure was called.
+        loss: What it returned the first time.
+
+    Source: chapter 06, "A step that fits the curve".
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        closure: Callable[[], Any],
+        *,
+        maximize: bool = False,
+        differentiates: bool = False,
+    ) -> None:
+        self.params = [p for p in params if p.requires_grad]
+        self.closure, self.calls, self.loss = closure, 0, None
+        self.sign = -1.0 if maximize else 1.0
+        self.differentiates = differentiates
+        self.x = _flat([p.detach() for p in self.params])
+
+    def move(self, x: Tensor) -> None:
+        """Make ``x`` the parameters."""
+        with torch.no_grad():
+            sizes = [p.numel() for p in self.params]
+            for p, part in zip(self.params, x.split(sizes), strict=True):
+                p.copy_(part.view(p.shape))
+
+    def __call__(
+        self, x: Tensor | None = None, graph: bool = False
+    ) -> tuple[float, Tensor]:
+        """Loss and gradient at ``x``, or where the parameters are.
+
+        With ``graph=True``, ``product`` and ``hessian`` work afterwards,
+        until the parameters move.
+        """
+        if x is not None:
+            self.move(x)
+        with torch.enable_grad():
+            loss = self.closure()
+        self.calls += 1
+        self._check_loss(loss)
+        if self.differentiates:
+            gradients = self._differentiate(loss, graph)
+            self.slopes = gradients
+            loss = loss.detach()
+        else:
+            gradients = self._collect()
+        if self.loss is None:
+            self.loss = loss
+        g = _flat([g.detach() for g in gradients])
+        return self.sign * float(loss), self.sign * g
+
+    def product(self, v: Tensor) -> Tensor:
+        """The Hessian times ``v``, or times every row of ``v``."""
+        live = [k for k, g in enumerate(self.slopes) if g.requires_grad]
+        if not live:  # a loss that is linear
+            return torch.zeros_like(v)
+        sizes = [p.numel() for p in self.params]
+        shapes = [(*v.shape[:-1], *p.shape) for p in self.params]
+        parts = [
+            part.reshape(shape)
+            for part, shape in zip(v.split(sizes, -1), shapes, strict=True)
+        ]
+        try:
+            Hv = torch.autograd.grad(
+                [self.slopes[k] for k in live],
+                self.params,
+                [parts[k] for k in live],
+                retain_graph=True,
+                is_grads_batched=v.ndim == 2,
+                materialize_grads=True,
+            )
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise RuntimeError(
+                f"no second derivative: {error}; use operations that have "
+                "one (attention: run the closure's forward pass under "
+                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
+            ) from error
+        Hv = [  # torch's zero for an unused parameter has no rows
+            h.expand(shape).reshape(*v.shape[:-1], -1 if n else 0)
+            for h, shape, n in zip(Hv, shapes, sizes, strict=True)
+        ]
+        return self.sign * torch.cat(Hv, -1)
+
+    def hessian(self) -> Tensor:
+        """The Hessian, made symmetric to the last bit."""
+        H = self.product(torch.ones_like(self.x).diag())
+        return (H + H.T) / 2
+
+    def _check_loss(self, loss: Any) -> None:
+        """Refuse what is no loss."""
+        if isinstance(loss, Tensor):
+            fine, kind = loss.numel() == 1, f"shape {tuple(loss.shape)}"
+        else:
+            fine = isinstance(loss, Real) and not self.differentiates
+            kind = f"type {type(loss).__name__}"
+        if not fine:
+            raise TypeError(
+                f"the closure returned something of {kind}; "
+                "let it return the loss, a tensor with one element"
+            )
+
+    def _collect(self) -> list[Tensor]:
+        """The gradients that the closure's ``backward`` has left."""
+        if all(p.grad is None for p in self.params):
+            raise RuntimeError(
+                "the closure left no gradient in any parameter; "
+                "let it call loss.backward() before it returns the loss"
+            )
+        for p in self.params:
+            if p.grad is not None:
+                _check_dense(p.grad, p)
+        return [
+            torch.zeros_like(p) if p.grad is None else p.grad
+            for p in self.params
+        ]
+
+    def _differentiate(self, loss: Any, graph: bool) -> tuple[Tensor, ...]:
+        """The gradients of a loss that nobody has differentiated yet."""
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "the closure's loss does not depend on the parameters; let "
+                "it return the loss itself, not a detached copy or .item()"
+            )
+        try:
+            gradients = torch.autograd.grad(
+                loss,
+                self.params,
+                torch.ones_like(loss),
+                create_graph=graph,
+                materialize_grads=True,
+            )
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise RuntimeError(
+                "the closure called backward(), which frees the graph that "
+                "second derivatives need; let it return the loss and not "
+                "call backward()"
+            ) from error
+        for g, p in zip(gradients, self.params, strict=True):
+            _check_dense(g, p)
+        return gradients
+
+
+def _flat(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _check_dense(g: Tensor, p: Tensor) -> None:
+    if g.layout is not torch.strided:
+        raise ValueError(
+            f"a gradient has layout {g.layout} for a parameter of shape "
+            f"{tuple(p.shape)}; use a dense gradient "
+            "(nn.Embedding: sparse=False)"
+        )
+
+
+class VectorOptimizer(Optimizer):
+    """The base of methods that treat all parameters as one vector.
+
+    A subclass has ``search(objective, f, g, group, state)``. It returns the
+    new point, and changes ``state``, a copy of what was remembered.
+
+    A step reads losses back to the host. It needs a closure, takes one
+    parameter group, and runs as written: there is only
+    ``engine="auto"`` or ``"loop"``. The state belongs to the first
+    parameter, as in ``torch.optim.LBFGS``.
+
+    Where the loss or a gradient is not finite at the start of a step,
+    ``nonfinite`` decides: ``"skip"`` (the default here) changes nothing and
+    counts, ``"raise"`` raises, ``"propagate"`` takes the step −lr·g. Trial
+    points where the loss is not finite are refused like those where it is
+    too large. If the closure raises, the parameters are put back.
+
+    Args:
+        params: Parameters, or one group, as in ``torch.optim``.
+        defaults: The method's hyperparameters.
+        **options: ``maximize``, ``engine`` and ``nonfinite``, see
+            ``Options``. There is no ``state_dtype``.
+
+    Raises:
+        ValueError: A second group; parameters that are complex, of 16 bits,
+            of several types or on several devices; a hyperparameter out of
+            range.
+
+    Source: chapter 06, "A step that fits the curve".
+    """
+
+    elementwise = False
+    engines = ("auto", "loop")
+    needs_closure = True
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, defaults, **{"nonfinite": "skip", **options})
+
+    def search(
+        self,
+        objective: Objective,
+        f: float,
+        g: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Any],
+    ) -> Tensor:
+        """The new point, from the loss and the gradient at the old one."""
+        raise TypeError(f"{type(self).__name__} has no search")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Clears the gradients, computes the loss, and returns
+                it. It calls ``backward`` for ``BFGS`` and ``LBFGS``, and
+                does not for ``Newton`` and ``NewtonCG``. Within a step it
+                is the same function each time: one batch, no dropout.
+
+        Returns:
+            The loss at the point where the step began.
+
+        Raises:
+            TypeError: There is no closure, or it returns no loss.
+            RuntimeError: The closure called ``backward`` where it should
+                not, or did not where it should.
+            ValueError: A sparse gradient.
+            FloatingPointError: The loss or its gradient is not finite,
+                under ``nonfinite="raise"``.
+            Nothing has changed then.
+        """
+        if closure is None:
+            backward = "does not call" if self.differentiates else "calls"
+            raise TypeError(
+                f"{type(self).__name__} evaluates the loss itself; use "
+                "step(closure) with a function that returns the loss and "
+                f"{backward} backward()"
+            )
+        group = self.param_groups[0]
+        self._check_params(group["params"])
+        first, lr = group["params"][0], float(group["lr"])
+        if not any(p.requires_grad for p in group["params"]):
+            with torch.enable_grad():
+                return closure()
+        objective = Objective(
+            group["params"],
+            closure,
+            maximize=group["maximize"],
+            differentiates=self.differentiates,
+        )
+        x = new = objective.x
+        state = {"n_iter": 0, "func_evals": 0, **self.state.get(first, {})}
+        try:
+            f, g = objective(graph=self.differentiates)
+            if not (math.isfinite(f) and bool(g.isfinite().all())):
+                objective.move(self._not_finite(x, g, group))
+                return objective.loss
+            if lr > 0 and bool(g.any()):
+                new = self.search(objective, f, g, group, state)
+        except BaseException:
+            objective.move(x)
+            raise
+        objective.move(new)
+        state["func_evals"] += objective.calls
+        self.state[first] = state
+        return objective.loss
+
+    def _not_finite(
+        self, x: Tensor, g: Tensor, group: dict[str, Any]
+    ) -> Tensor:
+        if group["nonfinite"] == "raise":
+            raise FloatingPointError(
+                "the loss or its gradient is not finite and "
+                "nonfinite='raise'; start elsewhere, or use nonfinite='skip'"
+            )
+        if group["nonfinite"] == "propagate":
+            return x - float(group["lr"]) * g
+        self.skipped = torch.tensor(self.skipped_steps + 1)
+        return x
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the one group there is."""
+        if self.param_groups:
+            raise ValueError(
+                f"{type(self).__name__} treats all parameters as one vector; "
+                "pass one group"
+            )
+        super().add_param_group(param_group)
+        self._check_params(self.param_groups[0]["params"])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        for name in ("max_iter", "max_eval", "history_size", "max_cg"):
+            if not isinstance(group.get(name), int | None):
+                raise TypeError(f"{name}={group[name]!r}; pass an integer")
+        if "line_search_fn" in group:
+            choices = ("strong_wolfe", None)
+            check_choice("line_search_fn", group["line_search_fn"], choices)
+        if group["state_dtype"] is not None:
+            raise ValueError(
+                f"state_dtype={group['state_dtype']} is not valid for "
+                f"{type(self).__name__}, whose memory has the parameters' "
+                "type; pass None"
+            )
+
+    def _check_params(self, params: list[Tensor]) -> None:
+        for p in params:
+            if p.is_complex():
+                raise ValueError(
+                    f"{type(self).__name__} got a complex parameter of shape "
+                    f"{tuple(p.shape)}; pass torch.view_as_real of it"
+                )
+            if p.dtype.itemsize < 4:
+                raise ValueError(
+                    f"{type(self).__name__} got a parameter of type "
+                    f"{p.dtype}, too coarse to compare losses; keep the "
+                    "parameters in float32 and use autocast"
+                )
+            if (p.dtype, p.device) != (params[0].dtype, params[0].device):
+                raise ValueError(
+                    f"{type(self).__name__} got parameters of "
+                    f"{params[0].dtype} on {params[0].device} and of "
+                    f"{p.dtype} on {p.device}; use one type and one device"
+                )
+
+
+# %% 06_newton sec-newton-step 3 fd7153b8
+class Newton(VectorOptimizer):
+    """Newton's method, damped, with a line search.
+
+    With H = V diag(λ) Vᵀ the Hessian and g the gradient::
+
+        d ← −V (|λ| + damping)⁻¹ Vᵀ g
+        x ← x + t d       t ≤ lr or more, by a strong Wolfe line search
+
+    Where H is positive definite and ``damping = 0`` this is −H⁻¹ g. The
+    absolute value turns a saddle from an attractor into a repeller.
+    Eigenvalues below round-off, ``d · eps · max |λ|``, are raised to it.
+
+    Memory d² and work d³ a step, with d the number of parameters; and d
+    times the memory of a backward pass, for d products at once. The
+    closure returns the loss and does not call ``backward``; the Hessian
+    needs operations with second derivatives that ``torch.vmap`` can batch.
+
+    Args:
+        params: Parameters or one group of them; frozen ones are left out.
+        lr: First trial step length t, in [0, ∞). Default 1: Newton's step.
+        damping: Added to every ``|λ|``, in [0, ∞). Default 0.
+        line_search_fn: ``"strong_wolfe"`` (default), or ``None`` to take
+            the step ``lr`` as it is.
+        **options: ``maximize``, ``engine``, ``nonfinite``, see
+            ``VectorOptimizer``.
+
+    Raises:
+        ValueError: An argument out of range, or see ``VectorOptimizer``.
+        TypeError: An argument that is not a number.
+
+    Source: Nocedal & Wright (2006), section 3.4; Dauphin et al. (2014),
+    arXiv 1406.2572. Chapter 06, eq-newton-full-step and eq-saddle-free.
+    """
+
+    differentiates = True
+    ranges = {"damping": "[0, inf)"}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        damping: float = 0.0,
+        line_search_fn: str | None = "strong_wolfe",
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "damping": damping,
+            "line_search_fn": line_search_fn,
+        }
+        super().__init__(params, defaults, **options)
+
+    def search(
+        self,
+        objective: Objective,
+        f: float,
+        g: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Any],
+    ) -> Tensor:
+        H = objective.hessian()
+        if not H.isfinite().all():
+            return self._not_finite(objective.x, g, group)
+        lam, V = torch.linalg.eigh(H)
+        size = lam.abs()
+        tiny = len(lam) * torch.finfo(lam.dtype).eps * size.max()
+        size = torch.where(tiny > 0, size.maximum(tiny), 1.0)  # 1: linear
+        d = -V @ (V.T @ g / (size + group["damping"]))
+        state["n_iter"] += 1
+        t = float(group["lr"])
+        if group["line_search_fn"] is not None:
+            t = _along(objective, objective.x, d, f, g, t).t
+        return objective.x + t * d
+
+
+# %% 06_newton sec-wolfe 1 c6455747
+class Trial(NamedTuple):
+    """A point on a line: step length, loss, slope, and gradient if known.
+
+    Source: chapter 06, eq-wolfe.
+    """
+
+    t: float
+    f: float
+    slope: float
+    g: Any = None
+
+
+def strong_wolfe(
+    phi: Callable[[float], Trial],
+    start: Trial,
+    t: float = 1.0,
+    *,
+    c1: float = 1e-4,
+    c2: float = 0.9,
+    limit: int = 25,
+    rounding: float = 0.0,
+) -> Trial:
+    """Find a step that lowers the loss enough and flattens the slope.
+
+    Both hold for what is returned, unless ``limit`` ran out::
+
+        phi(t) ≤ phi(0) + c1 t phi'(0)        |phi'(t)| ≤ c2 |phi'(0)|
+
+    Args:
+        phi: The loss along the line; a loss that is not a number counts as
+            too large.
+        start: The trial at ``t = 0``, with a negative slope.
+        t: First step tried, in (0, ∞). Default 1.
+        c1: Fraction of the promised decrease to insist on, in (0, 1).
+            Default 1e-4.
+        c2: Fraction of the slope that may remain, in (c1, 1). Default 0.9.
+        limit: Number of trials, at least 1. Default 25.
+        rounding: Differences in loss that count as none. Default 0.
+
+    Returns:
+        The accepted trial; else the lowest one found, perhaps ``start``.
+
+    Raises:
+        ValueError: An argument out of range, or a start that does not lead
+            downhill.
+
+    Source: Nocedal & Wright (2006), algorithms 3.5 and 3.6. Chapter 06,
+        eq-wolfe.
+    """
+    check_range("t", t, "(0, inf)")
+    check_range("c1", c1, "(0, 1)")
+    check_range("c2", c2, f"({c1}, 1)")
+    if not start.slope < 0:
+        raise ValueError(
+            f"the slope at the start is {start.slope:g}; "
+            "pass a direction that leads downhill"
+        )
+
+    def enough(a: Trial) -> bool:
+        line = start.f + c1 * a.t * start.slope
+        return a.f <= line + rounding and math.isfinite(a.slope)
+
+    low, new, high, stuck = start, phi(t), None, False
+    for _ in range(limit - 1):
+        if not enough(new) or (low.t > 0 and new.f > low.f + rounding):
+            high = new
+        elif abs(new.slope) <= c2 * -start.slope:
+            return new
+        else:
+            ahead = math.inf if high is None else high.t
+            if new.slope * (ahead - low.t) >= 0:
+                high = low
+            low, before = new, low
+        if high is None:  # still downhill: go on, at most ten times as far
+            t = _cubic(before, low)
+            near, far = 2.01 * low.t - 1.01 * before.t, 10 * low.t
+            t = min(max(t, near), far) if math.isfinite(t) else far
+        else:
+            t, stuck = _inside(low, high, stuck)
+            if t in (low.t, high.t):
+                break
+        new = phi(t)
+    best = new if enough(new) and new.f <= low.f else low
+    return best if best.f < start.f else start
+
+
+# %% 06_newton sec-wolfe 2 05a21679
+def _cubic(a: Trial, b: Trial) -> float:
+    """Where the cubic with the losses and slopes of two trials is lowest."""
+    chord = (b.f - a.f) / (b.t - a.t)
+    theta = a.slope + b.slope - 3 * chord
+    square = theta * theta - a.slope * b.slope
+    if not 0 <= square < math.inf:
+        return math.nan
+    gamma = math.copysign(math.sqrt(square), b.t - a.t)
+    bottom = b.slope - a.slope + 2 * gamma
+    if bottom == 0:
+        return math.nan
+    return b.t - (b.t - a.t) * (b.slope + gamma - theta) / bottom
+
+
+def _inside(low: Trial, high: Trial, stuck: bool) -> tuple[float, bool]:
+    """A point between two, and whether it lies close to one of them."""
+    left, right = sorted((low.t, high.t))
+    t, margin = _cubic(low, high), 0.1 * (right - left)
+    if not math.isfinite(t):
+        return (left + right) / 2, False
+    if min(t - left, right - t) >= margin:
+        return t, False
+    if not stuck and left < t < right:
+        return t, True
+    return (left + margin if t < (left + right) / 2 else right - margin), False
+
+
+def _along(
+    objective: Objective, x: Tensor, d: Tensor, f: float, g: Tensor, t: float
+) -> Trial:
+    """``strong_wolfe`` from x along d."""
+
+    def phi(t: float) -> Trial:
+        f, g = objective(x + t * d)
+        return Trial(t, f, float(g @ d), g)
+
+    start = Trial(0.0, f, float(g @ d), g)
+    if not start.slope < 0:
+        return start
+    return strong_wolfe(phi, start, t, rounding=_rounding(f, g))
+
+
+def _rounding(f: float, g: Tensor) -> float:
+    """Differences in the loss that may be round-off."""
+    return 4 * torch.finfo(g.dtype).eps * abs(f)
+
+
+# %% 06_newton sec-cg 1 f03ff860
+def truncated_cg(
+    product: Callable[[Tensor], Tensor],
+    g: Tensor,
+    radius: float = math.inf,
+    tol: float = 0.0,
+    limit: int | None = None,
+) -> tuple[Tensor, bool]:
+    """Minimise ``⟨g, z⟩ + ½ ⟨z, H z⟩`` over ``‖z‖ ≤ radius``, nearly.
+
+    Conjugate gradients from 0, cut off where they leave the ball or find a
+    direction along which H curves downwards; then they go to the boundary.
+
+    Args:
+        product: The map ``v → H v``, H symmetric.
+        g: Gradient, shape ``(d,)``.
+        radius: In (0, ∞]. Default ∞.
+        tol: Stop once ``‖H z + g‖ ≤ tol``. Default 0.
+        limit: Most products with H. Default ``d``, enough in exact
+            arithmetic.
+
+    Returns:
+        z, shape ``(d,)``, and whether it lies on the boundary. With an
+        infinite radius downward curvature ends the search where it is, or
+        at −g in the first step.
+
+    Source: Hestenes & Stiefel (1952), doi 10.6028/jres.049.044; Steihaug
+        (1983), doi 10.1137/0720042. Chapter 06, eq-cg.
+    """
+    z, r, p = torch.zeros_like(g), g, -g
+    for _ in range(len(g) if limit is None else limit):
+        if r.norm() <= tol:
+            break
+        Hp, rr = product(p), r @ r
+        curvature = p @ Hp
+        if curvature <= 0:
+            if math.isfinite(radius):
+                return _to_boundary(z, p, radius), True
+            return (z if z.any() else p), False
+        step = rr / curvature
+        if (z + step * p).norm() >= radius:
+            return _to_boundary(z, p, radius), True
+        z, r = z + step * p, r + step * Hp
+        p = r @ r / rr * p - r
+    return z, False
+
+
+def _to_boundary(z: Tensor, p: Tensor, radius: float) -> Tensor:
+    """Where the ray from z along p leaves the ball."""
+    pp, zp, gap = p @ p, z @ p, radius**2 - z @ z
+    root = (zp * zp + pp * gap).sqrt()
+    return z + (gap / (zp + root) if zp > 0 else (root - zp) / pp) * p
+
+
+# %% 06_newton sec-trust-region 1 b56d18bc
+class NewtonCG(VectorOptimizer):
+    """Newton's method without a Hessian: conjugate gradients in a ball.
+
+    With m(z) = ⟨g, z⟩ + ½ ⟨z, H z⟩ the model of the loss around x::
+
+        z ← argmin m(z) over ‖z‖ ≤ r, by truncated conjugate gradients
+        ρ ← (f(x) − f(x + z)) / −m(z)          what came of the promise
+        x ← x + z where ρ > 0.15, else stay;   r ← r/4, r or 2r by ρ
+
+    A step is one trial: it evaluates the closure twice, and multiplies by H
+    up to ``max_cg`` times at the price of about two gradients each. A
+    refused trial leaves the parameters as they were. The closure returns
+    the loss and does not call ``backward``.
+
+    Args:
+        params: Parameters or one group of them; frozen ones are left out.
+        lr: First trial step length: the radius is lr times a factor that
+            starts at 1 and is remembered. In [0, ∞). Default 1.
+        max_cg: Most products with the Hessian a step, at least 1. ``None``
+            (default) means the number of parameters.
+        max_factor: Largest factor of lr, in [1, ∞). Default 1000.
+        **options: ``maximize``, ``engine``, ``nonfinite``, see
+            ``VectorOptimizer``.
+
+    Raises:
+        ValueError: An argument out of range, or see ``VectorOptimizer``.
+        TypeError: An argument that is not a number.
+
+    Source: Steihaug (1983), doi 10.1137/0720042; Nocedal & Wright (2006),
+    algorithms 4.1 and 7.2; Martens (2010). Chapter 06, eq-cg
+    and eq-trust-region.
+    """
+
+    differentiates = True
+    ranges = {"max_cg": "[1, inf)", "max_factor": "[1, inf)"}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        max_cg: int | None = None,
+        max_factor: float = 1000.0,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {"lr": lr, "max_cg": max_cg, "max_factor": max_factor}
+        super().__init__(params, defaults, **options)
+
+    def search(
+        self,
+        objective: Objective,
+        f: float,
+        g: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Any],
+    ) -> Tensor:
+        x, size = objective.x, float(g.norm())
+        factor = state.get("factor", 1.0)
+        z, far = truncated_cg(
+            objective.product,
+            g,
+            radius=float(group["lr"]) * factor,
+            tol=min(0.5, math.sqrt(size)) * size,
+            limit=group["max_cg"],
+        )
+        promised = -float(g @ z + z @ objective.product(z) / 2)
+        noise, gain = _rounding(f, g), f - objective(x + z)[0]
+        rho = -1.0  # a promise of nothing is not to be trusted
+        if promised > 0:
+            rho = (gain + noise) / (promised + noise)
+        if not rho >= 0.25:
+            factor = factor / 4
+        elif rho > 0.75 and far:
+            factor = min(2 * factor, group["max_factor"])
+        state.update(factor=factor, n_iter=state["n_iter"] + 1)
+        return x + z if rho > 0.15 else x
+
+
+# %% 06_newton sec-secant 1 26cdd5d9
+def bfgs_update(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """The inverse Hessian after a step s that changed the gradient by y.
+
+    With ``ρ = 1 / ⟨s, y⟩``::
+
+        B⁻¹ ← (I − ρ s yᵀ) B⁻¹ (I − ρ y sᵀ) + ρ s sᵀ
+
+    Args:
+        inverse: B⁻¹, symmetric positive definite, ``(d, d)``.
+        s: Step, shape ``(d,)``.
+        y: Change of the gradient, shape ``(d,)``, with ``⟨s, y⟩ > 0``.
+
+    Returns:
+        The new matrix, symmetric positive definite; it maps y to s.
+
+    Source: Broyden; Fletcher; Goldfarb; Shanno (all 1970); Nocedal & Wright
+        (2006), eq. 6.17. Chapter 06, eq-bfgs.
+    """
+    rho, By = 1 / (s @ y), inverse @ y
+    across = torch.outer(s, By)
+    length = rho * (1 + rho * (y @ By))
+    return inverse - rho * (across + across.T) + length * torch.outer(s, s)
+
+
+# %% 06_newton sec-secant 2 d53442f2
+class QuasiNewton(VectorOptimizer):
+    """The base of methods that learn curvature from gradients alone.
+
+    A subclass says how it turns a gradient into ``−B⁻¹ g`` (``direction``)
+    and how it learns from a step ``s`` that changed the gradient by ``y``
+    (``remember``); ``memory`` names the state that ``forget`` throws away.
+
+    Source: chapter 06, eq-secant.
+    """
+
+    memory: tuple[str, ...] = ()
+    ranges = {
+        "max_iter": "[1, inf)",
+        "max_eval": "[1, inf)",
+        "history_size": "[1, inf)",
+        "tolerance_grad": "[0, inf)",
+        "tolerance_change": "[0, inf)",
+    }
+
+    def direction(self, g: Tensor, state: dict[str, Any]) -> Tensor:
+        """``−B⁻¹ g``, with the memory that there is."""
+        return -g
+
+    def remember(
+        self, s: Tensor, y: Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """Learn from a step with ``⟨s, y⟩ > 0``."""
+
+    def first_trial(self, g: Tensor, state: dict[str, Any]) -> float:
+        """The first t to try, for ``lr = 1``."""
+        begun = self.memory[0] in state
+        return 1.0 if begun else min(1.0, 1 / float(g.abs().sum()))
+
+    def shorten(
+        self, t: float, f: float, slope: float, state: dict[str, Any]
+    ) -> float:
+        """``t``, or a shorter first trial for a line search."""
+        return t
+
+    def search(
+        self,
+        objective: Objective,
+        f: float,
+        g: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Any],
+    ) -> Tensor:
+        x, lr = objective.x, float(group["lr"])
+        if state.setdefault("numel", len(g)) != len(g):
+            self._forget(state)  # parameters were frozen, or set free
+            state["numel"] = len(g)
+        if "prev_flat_grad" in state:  # of a step without a line search
+            y = g - state.pop("prev_flat_grad")
+            self._learn(state.pop("t") * state.pop("d"), y, group, state)
+        for left in reversed(range(group["max_iter"])):
+            if g.abs().max() <= group["tolerance_grad"]:
+                break
+            begun = self.memory[0] in state
+            d = self.direction(g, state)
+            t = lr * self.first_trial(g, state)
+            if group["line_search_fn"] is not None:
+                t = self.shorten(t, f, float(g @ d), state)
+                new = _along(objective, x, d, f, g, t)
+            elif left:
+                after = objective(x + t * d)
+                if not math.isfinite(after[0] + float(after[1].sum())):
+                    break
+                new = Trial(t, after[0], 0.0, after[1])
+            else:  # the next step will see where this one leads
+                state.update(d=d, t=t, prev_flat_grad=g)
+                new = Trial(t, math.nan, 0.0, g)
+            if new.t == 0:  # nothing along d is lower: begin again, with −g
+                if not begun:
+                    break
+                self._forget(state)
+                continue
+            s, change = new.t * d, abs(new.f - f)
+            state.update(prev_loss=f, n_iter=state["n_iter"] + 1)
+            self._learn(s, new.g - g, group, state)
+            x, f, g = x + s, new.f, new.g
+            spent = objective.calls >= (group["max_eval"] or math.inf)
+            still = min(change, float(s.abs().max()))
+            if spent or still < group["tolerance_change"]:
+                break
+        return x
+
+    def _learn(
+        self, s: Tensor, y: Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """Remember a pair, if its curvature is more than round-off."""
+        if s @ y > torch.finfo(s.dtype).eps * (y @ y):
+            self.remember(s, y, group, state)
+
+    def _forget(self, state: dict[str, Any]) -> None:
+        for name in (*self.memory, "prev_flat_grad", "d", "t"):
+            state.pop(name, None)
+
+
+# %% 06_newton sec-secant 3 c341abae
+class BFGS(QuasiNewton):
+    """BFGS: the inverse Hessian, learnt from gradients.
+
+    After a step s that changed the gradient by y, with ρ = 1 / ⟨s, y⟩::
+
+        B⁻¹ ← (I − ρ s yᵀ) B⁻¹ (I − ρ y sᵀ) + ρ s sᵀ
+        x ← x − t B⁻¹ g        t from a strong Wolfe line search
+
+    Memory and work d² an iteration, with d the number of parameters. Every
+    pair (s, y) is measured within one call of ``step``, on the same closure.
+
+    Args:
+        params: Parameters or one group of them; frozen ones are left out.
+        lr: First trial step length t, in [0, ∞). With the line search it
+            is shortened where that would ask for a larger decrease than
+            twice the last one; the very first is ``lr · min(1, 1/‖g‖₁)``.
+            Default 1.
+        max_iter: Iterations a step, at least 1. Default 20.
+        max_eval: A step ends once it has called the closure so often; at
+            least 1. Default ``None``, no limit.
+        tolerance_grad: A step ends where no entry of the gradient is
+            larger, in [0, ∞). Default 1e-7.
+        tolerance_change: A step ends where loss or parameters change by
+            less, in [0, ∞). Default 1e-9.
+        initial_scale: B⁻¹ begins as this times I, in (0, ∞). ``None`` takes
+            ⟨s, y⟩ / ⟨y, y⟩ of the first pair, whatever the units of the
+            loss. Default 1.
+        line_search_fn: ``"strong_wolfe"`` (default), or ``None`` to take
+            the first trial step as it is.
+        **options: ``maximize``, ``engine``, ``nonfinite``, see
+            ``VectorOptimizer``.
+
+    Raises:
+        ValueError: An argument out of range, or see ``VectorOptimizer``.
+        TypeError: An argument of the wrong type.
+
+    Source: Broyden, Fletcher, Goldfarb, Shanno (1970); Nocedal & Wright
+    (2006), algorithm 6.1. Chapter 06, eq-bfgs.
+    """
+
+    memory = ("inverse_hessian",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        max_iter: int = 20,
+        max_eval: int | None = None,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+        initial_scale: float | None = 1.0,
+        line_search_fn: str | None = "strong_wolfe",
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "max_iter": max_iter,
+            "max_eval": max_eval,
+            "tolerance_grad": tolerance_grad,
+            "tolerance_change": tolerance_change,
+            "initial_scale": initial_scale,
+            "line_search_fn": line_search_fn,
+        }
+        super().__init__(params, defaults, **options)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["initial_scale"] is not None:
+            check_range("initial_scale", group["initial_scale"], "(0, inf)")
+
+    def shorten(
+        self, t: float, f: float, slope: float, state: dict[str, Any]
+    ) -> float:
+        drop = state.get("prev_loss", f) - f
+        short = -2.02 * drop / slope if slope < 0 else t
+        return short if 0 < short < t else t
+
+    def direction(self, g: Tensor, state: dict[str, Any]) -> Tensor:
+        inverse = state.get("inverse_hessian")
+        return -g if inverse is None else -inverse @ g
+
+    def remember(
+        self,
+        s: Tensor,
+        y: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Any],
+    ) -> None:
+        inverse = state.get("inverse_hessian")
+        if inverse is None:
+            scale = group["initial_scale"] or (s @ y) / (y @ y)
+            inverse = scale * torch.ones_like(s).diag()
+        state["inverse_hessian"] = bfgs_update(inverse, s, y)
+
+
+# %% 06_newton sec-lbfgs 1 f7475be5
+def two_loop(
+    g: Tensor,
+    steps: list[Tensor],
+    changes: list[Tensor],
+    scale: float | Tensor = 1.0,
+) -> Tensor:
+    """``B⁻¹ g`` for what BFGS makes of ``scale · I`` and pairs (s, y).
+
+    Args:
+        g: A vector, shape ``(d,)``.
+        steps: s₁ … s_m, oldest first, each of shape ``(d,)``.
+        changes: y₁ … y_m, with ``⟨s, y⟩ > 0``.
+        scale: θ, the matrix to begin with is θ I. Default 1.
+
+    Returns:
+        Shape ``(d,)``; 4 m d multiplications, and no matrix.
+
+    Source: Nocedal (1980), doi 10.1090/S0025-5718-1980-0572855-7. Chapter
+        06, eq-two-loop.
+    """
+    pairs = [(s, y, 1 / (s @ y)) for s, y in zip(steps, changes, strict=True)]
+    q, weights = g, []
+    for s, y, rho in reversed(pairs):
+        weights.append(rho * (s @ q))
+        q = q - weights[-1] * y
+    q = scale * q
+    for (s, y, rho), a in zip(pairs, reversed(weights), strict=True):
+        q = q + (a - rho * (y @ q)) * s
+    return q
+
+
+# %% 06_newton sec-lbfgs 2 f83c89e5
+class LBFGS(QuasiNewton):
+    """L-BFGS: BFGS from its last ``history_size`` pairs, without a matrix.
+
+    With θ = ⟨s, y⟩ / ⟨y, y⟩ of the newest pair (s, y)::
+
+        B⁻¹ ← BFGS's update of θ I by the pairs, oldest first
+        x ← x − t B⁻¹ g        t from a strong Wolfe line search
+
+    Memory 2 d · history_size. The closure is that of ``torch.optim.LBFGS``,
+    whose arguments, defaults and checkpoints these are, but for two: the
+    line search is on, and ``max_eval`` is off. Every pair (s, y) is
+    measured within one call of ``step``, on the same closure. (Without a
+    line search the last pair of a step is completed by the next, as in
+    torch.)
+
+    Args:
+        params: Parameters or one group of them; frozen ones are left out.
+        lr: First trial step length t, in [0, ∞); the very first is
+            ``lr · min(1, 1/‖g‖₁)``, as in torch. Default 1.
+        max_iter: Iterations a step, at least 1. Default 20.
+        max_eval: A step ends once it has called the closure so often; at
+            least 1. Default ``None``, no limit.
+        tolerance_grad: A step ends where no entry of the gradient is
+            larger, in [0, ∞). Default 1e-7.
+        tolerance_change: A step ends where loss or parameters change by
+            less, in [0, ∞). Default 1e-9.
+        history_size: Pairs that are kept, at least 1. Default 100.
+        line_search_fn: ``"strong_wolfe"`` (default), or ``None`` to take
+            the first trial step as it is.
+        **options: ``maximize``, ``engine``, ``nonfinite``, see
+            ``VectorOptimizer``.
+
+    Raises:
+        ValueError: An argument out of range, or see ``VectorOptimizer``.
+        TypeError: An argument of the wrong type.
+
+    Source: Liu & Nocedal (1989), doi 10.1007/BF01589116. Chapter 06,
+    eq-two-loop.
+    """
+
+    memory = ("old_stps", "old_dirs", "H_diag")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        max_iter: int = 20,
+        max_eval: int | None = None,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+        history_size: int = 100,
+        line_search_fn: str | None = "strong_wolfe",
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "max_iter": max_iter,
+            "max_eval": max_eval,
+            "tolerance_grad": tolerance_grad,
+            "tolerance_change": tolerance_change,
+            "history_size": history_size,
+            "line_search_fn": line_search_fn,
+        }
+        super().__init__(params, defaults, **options)
+
+    def direction(self, g: Tensor, state: dict[str, Any]) -> Tensor:
+        if not state.get("old_stps"):
+            return -g
+        pairs = state["old_stps"], state["old_dirs"]
+        return -two_loop(g, *pairs, state["H_diag"])
+
+    def remember(
+        self,
+        s: Tensor,
+        y: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Any],
+    ) -> None:
+        keep = slice(-group["history_size"], None)
+        state["old_stps"] = [*state.get("old_stps", []), s][keep]
+        state["old_dirs"] = [*state.get("old_dirs", []), y][keep]
+        state["H_diag"] = (s @ y) / (y @ y)
