@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c55a459d
+# %% head 0eb5fee5
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -24,6 +24,18 @@ from guided_descent.core import (
     Options,
     check_choice,
     check_range,
+)
+from guided_descent.curvature import (
+    GGN,
+    LIKELIHOODS,
+    CurvatureOperator,
+    EmpiricalFisher,
+    Fisher,
+    Hessian,
+    Jacobian,
+    Likelihood,
+    LinearOperator,
+    OutputCurvature,
 )
 from guided_descent.noise import (
     CriticalBatch,
@@ -61,6 +73,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ENGINES",
+    "GGN",
+    "LIKELIHOODS",
     "OPTIONS",
     "RANGES",
     "SGD",
@@ -71,8 +85,15 @@ __all__ = [
     "AdamW",
     "Batch",
     "CriticalBatch",
+    "CurvatureOperator",
+    "EmpiricalFisher",
     "Engine",
+    "Fisher",
     "GradientDescent",
+    "Hessian",
+    "Jacobian",
+    "Likelihood",
+    "LinearOperator",
     "LogisticRegression",
     "NAdam",
     "Names",
@@ -81,6 +102,7 @@ __all__ = [
     "Nonfinite",
     "Optimizer",
     "Options",
+    "OutputCurvature",
     "Problem",
     "Quadratic",
     "RMSprop",
