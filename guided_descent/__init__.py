@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 0eb5fee5
+# %% head a0cb72ed
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -30,12 +30,21 @@ from guided_descent.curvature import (
     LIKELIHOODS,
     CurvatureOperator,
     EmpiricalFisher,
+    Estimate,
     Fisher,
     Hessian,
     Jacobian,
     Likelihood,
     LinearOperator,
+    NaturalGradient,
     OutputCurvature,
+    Ritz,
+    hutchinson_diagonal,
+    hutchinson_trace,
+    hutchpp_trace,
+    lanczos,
+    rademacher,
+    spectral_density,
 )
 from guided_descent.noise import (
     CriticalBatch,
@@ -88,6 +97,7 @@ __all__ = [
     "CurvatureOperator",
     "EmpiricalFisher",
     "Engine",
+    "Estimate",
     "Fisher",
     "GradientDescent",
     "Hessian",
@@ -97,6 +107,7 @@ __all__ = [
     "LogisticRegression",
     "NAdam",
     "Names",
+    "NaturalGradient",
     "NoiseBall",
     "NoiseScale",
     "Nonfinite",
@@ -106,6 +117,7 @@ __all__ = [
     "Problem",
     "Quadratic",
     "RMSprop",
+    "Ritz",
     "Rosenbrock",
     "__version__",
     "backtracking",
@@ -115,14 +127,20 @@ __all__ = [
     "digits",
     "expected_loss",
     "gradient_covariance",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "lanczos",
     "minibatches",
     "noise_ball",
     "noise_scale",
     "noise_scale_from_batches",
     "optimal_momentum",
     "per_example_gradients",
+    "rademacher",
     "random_rotation",
     "rotation",
+    "spectral_density",
     "spectral_radius",
     "steepest_step",
     "trajectory",

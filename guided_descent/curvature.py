@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head fef2ae1e
+# %% head bde401f6
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -8,12 +8,21 @@ __all__ = [
     "LIKELIHOODS",
     "CurvatureOperator",
     "EmpiricalFisher",
+    "Estimate",
     "Fisher",
     "Hessian",
     "Jacobian",
     "Likelihood",
     "LinearOperator",
+    "NaturalGradient",
     "OutputCurvature",
+    "Ritz",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "lanczos",
+    "rademacher",
+    "spectral_density",
 ]
 
 
@@ -632,3 +641,466 @@ class EmpiricalFisher(OutputCurvature):
             return (c * s * inner).reshape(u.shape)
 
         return product
+
+
+# %% 07_curvature_matrices sec-cm-natural 1 ccb3516d
+class NaturalGradient(Optimizer):
+    """Natural gradient: steepest descent where distance is KL divergence.
+
+    With F the Fisher matrix on the closure's batch and g its gradient::
+
+        d ← (F + damping · I)⁻¹ g              (conjugate gradients)
+        ν ← min(1, √(max_kl / (½ lr² dᵀF d)))  (trust region)
+        x ← x − ν · lr · d
+
+    F is exact (type-2) and never formed: a product costs about two
+    backward passes. With a Gaussian this is Gauss–Newton.
+
+    Args:
+        model: The network; the parameters that are not frozen are trained.
+        likelihood: What its outputs mean: ``"categorical"`` (logits, classes
+            on axis 1), ``"gaussian"`` (unit variance) or ``"bernoulli"``
+            (logits). The loss should be that of ``LIKELIHOODS``, the mean
+            over the batch; a multiple of it is a change of lr and damping.
+        lr: Share η of the step that is taken, in [0, ∞). Default 1.
+        damping: λ, in the units of F, in [0, ∞). Default 1e-3.
+        max_kl: Largest KL divergence that a step may cause, by its second
+            order, in nats an example, in (0, ∞]. Default 0.1.
+        iterations: Most products a step, at least 1. Default 50.
+        tol: Conjugate gradients stop when the residual has this share of
+            the gradient's norm, in [0, 1). Default 0.01.
+        **options: ``maximize`` and ``nonfinite``, see ``Options``.
+
+    Its closure returns the loss and does not call ``backward``. The model's
+    outputs are taken from a forward hook while the closure runs; several
+    calls count as one batch. ``.grad`` is neither read nor written. Each
+    iteration of conjugate gradients reads one number back to the host.
+
+    Raises:
+        TypeError: ``model`` is no module; no closure; outputs that are not
+            one tensor.
+        ValueError: An argument outside its range; a closure that calls
+            ``backward``, or not the model.
+        FloatingPointError: See ``Options``.
+
+    Source: Amari (1998), doi 10.1162/089976698300017746; Martens (2010),
+    ICML. Chapter 07, eq-cm-natural-step.
+    """
+
+    engines = ("auto", "loop")
+    needs_closure = True
+    differentiates = True
+    ranges = {
+        "damping": "[0, inf)",
+        "max_kl": "(0, inf]",
+        "iterations": "[1, inf)",
+        "tol": "[0, 1)",
+    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str = "categorical",
+        lr: float | Tensor = 1.0,
+        damping: float = 1e-3,
+        max_kl: float = 0.1,
+        iterations: int = 50,
+        tol: float = 0.01,
+        **options: Unpack[Options],
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r} is no module; pass an nn.Module")
+        defaults = {
+            "lr": lr,
+            "likelihood": likelihood,
+            "damping": damping,
+            "max_kl": max_kl,
+            "iterations": iterations,
+            "tol": tol,
+        }
+        free = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(free, defaults, **options)
+        self.model = model
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("likelihood", group["likelihood"], LIKELIHOODS)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+        """Take one step.
+
+        Args:
+            closure: Computes the loss with the model and returns it. It
+                does not call ``backward``.
+
+        Returns:
+            The loss before the step.
+        """
+        h = self.param_groups[0]
+        loss, outputs = self._evaluate(closure)
+        pairs = [(x, p) for x in self.param_groups for p in x["params"]]
+        pairs = [(group, p) for group, p in pairs if p.requires_grad]
+        params = [p for _, p in pairs]
+        g = self._gradient(loss, params)
+        with torch.no_grad():
+            finite = h["nonfinite"] == "propagate" or self._is_finite(g, h)
+            if not finite:
+                return loss.detach()
+            F = self._fisher(outputs, params, LIKELIHOODS[h["likelihood"]])
+            d, kl = self._solve(F, g, h)
+            size = (h["max_kl"] / kl).sqrt().clamp(max=1)
+            size = torch.where(kl > 0, size, 1)
+            for (group, p), x in zip(pairs, _like(d, params), strict=True):
+                sign = 1 if group["maximize"] else -1
+                p.add_((sign * size * group["lr"] * x).to(p.dtype))
+        return loss.detach()
+
+    def _evaluate(self, closure: Any) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and the model's outputs on the way to it."""
+        if closure is None:
+            raise TypeError("NaturalGradient needs step(closure)")
+        outputs: list[Any] = []
+
+        def keep(module: nn.Module, args: Any, f: Any) -> None:
+            if not isinstance(f, Tensor):
+                raise TypeError(
+                    f"the model returned a {type(f).__name__}; "
+                    "NaturalGradient needs one tensor of outputs"
+                )
+            if f.requires_grad:
+                outputs.append(f)
+
+        hook = self.model.register_forward_hook(keep)
+        try:  # only this attention kernel can be differentiated twice
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                loss = closure()
+        finally:
+            hook.remove()
+        if not outputs:
+            raise ValueError(
+                "the closure did not call the model with gradients on; "
+                "compute the loss with the model given to NaturalGradient"
+            )
+        return loss, outputs
+
+    def _gradient(self, loss: Tensor, params: list[Tensor]) -> Tensor:
+        try:
+            keep = {"retain_graph": True, "materialize_grads": True}
+            return _flat(torch.autograd.grad(loss, params, **keep))
+        except RuntimeError as error:
+            raise ValueError(
+                "the closure's loss cannot be differentiated; return it as "
+                "computed, and do not call backward in the closure"
+            ) from error
+
+    def _is_finite(self, g: Tensor, h: dict[str, Any]) -> bool:
+        """Whether the step may be taken; otherwise count it, or raise."""
+        if g.isfinite().all():
+            return True
+        if h["nonfinite"] == "raise":
+            raise FloatingPointError(
+                "the gradient is not finite and nonfinite='raise'; "
+                "raise the damping, or use nonfinite='skip'"
+            )
+        one = torch.ones((), dtype=torch.long, device=g.device)
+        self.skipped = one if self.skipped is None else self.skipped + one
+        return False
+
+    def _fisher(
+        self, outputs: list[Tensor], params: list[Tensor], kind: Likelihood
+    ) -> Callable[[Tensor], Tensor]:
+        """``v → F v`` on the outputs of the closure's calls."""
+        with torch.enable_grad():
+            rows = [kind.rows(f) for f in outputs]
+        parts = [(Jacobian(f, params), kind.fisher(f.detach())) for f in rows]
+        n = sum(len(f) for f in rows)
+
+        def product(v: Tensor) -> Tensor:
+            vs = _like(v, params)
+            return sum(_flat(J.vjp(B(J.jvp(vs)))) for J, B in parts) / n
+
+        return product
+
+    def _solve(
+        self, F: Callable[[Tensor], Tensor], g: Tensor, h: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The direction d, and the divergence that the whole step means."""
+        lam = h["damping"]
+        damped = lambda v: F(v) + lam * v
+        d, r = _conjugate_gradients(damped, g, h["iterations"], h["tol"])
+        # dᵀF d without another product, since g − r = (F + λI) d
+        return d, (d @ (g - r) - lam * d @ d) * h["lr"] ** 2 / 2
+
+
+def _conjugate_gradients(
+    A: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tol: float
+) -> tuple[Tensor, Tensor]:
+    """An approximate solution of ``A x = b``, and its residual."""
+    x, r = torch.zeros_like(b), b
+    p, rr = r, r @ r
+    goal = tol**2 * rr
+    for _ in range(int(iterations)):
+        if rr <= goal:
+            break
+        Ap = A(p)
+        alpha = rr / (p @ Ap)
+        x, r = x + alpha * p, r - alpha * Ap
+        rr, before = r @ r, rr
+        p = r + rr / before * p
+    return x, r
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    """One vector, in single precision at least."""
+    v = torch.cat([x.detach().reshape(-1) for x in tensors])
+    return v.to(torch.promote_types(v.dtype, torch.float32))
+
+
+def _like(v: Tensor, params: list[Tensor]) -> list[Tensor]:
+    """A vector as tensors of the parameters' shapes and types."""
+    parts = v.split([p.numel() for p in params])
+    pairs = zip(parts, params, strict=True)
+    return [x.view(p.shape).to(p.dtype) for x, p in pairs]
+
+
+# %% 07_curvature_matrices sec-cm-trace 1 aa0f6f1c
+class Estimate(NamedTuple):
+    """A random estimate and its standard error.
+
+    Attributes:
+        value: The estimate.
+        error: One standard deviation of it, estimated from the probes.
+
+    Source: chapter 07, "A trace from products".
+    """
+
+    value: Tensor
+    error: Tensor
+
+
+def rademacher(
+    A: Any, samples: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Random signs, −1 or 1 with probability one half.
+
+    Args:
+        A: The matrix that they will probe, ``(P, P)``: a ``LinearOperator``
+            or a tensor. They have its dtype and device.
+        samples: Number of columns.
+        generator: On the matrix's device. Default: torch's.
+
+    Returns:
+        Columns ``(P, samples)``.
+
+    Source: Hutchinson (1990), doi 10.1080/03610919008812866. Chapter 07,
+    eq-cm-hutchinson.
+    """
+    bits = torch.empty(A.shape[0], samples, dtype=A.dtype, device=A.device)
+    return bits.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+
+def hutchinson_trace(
+    A: Any, samples: int = 100, *, generator: torch.Generator | None = None
+) -> Estimate:
+    """The trace as the mean of ``zᵀA z`` over random signs z.
+
+    Args:
+        A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
+        samples: Number of probes, each one product; at least 2.
+        generator: On the matrix's device. Default: torch's.
+
+    Raises:
+        ValueError: ``samples`` below 2.
+
+    Source: Hutchinson (1990), doi 10.1080/03610919008812866. Chapter 07,
+    eq-cm-hutchinson.
+    """
+    check_range("samples", samples, "[2, inf)")
+    Z = rademacher(A, samples, generator)
+    return _mean((Z * (A @ Z)).sum(0))
+
+
+def hutchinson_diagonal(
+    A: Any, samples: int = 100, *, generator: torch.Generator | None = None
+) -> Estimate:
+    """The diagonal as the mean of ``z ∘ A z`` over random signs z.
+
+    Args:
+        A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
+        samples: Number of probes, each one product; at least 2.
+        generator: On the matrix's device. Default: torch's.
+
+    Raises:
+        ValueError: ``samples`` below 2.
+
+    Source: Bekas et al. (2007), doi 10.1016/j.apnum.2007.01.003. Chapter
+    07, eq-cm-diagonal.
+    """
+    check_range("samples", samples, "[2, inf)")
+    Z = rademacher(A, samples, generator)
+    return _mean(Z * (A @ Z))
+
+
+def _mean(x: Tensor) -> Estimate:
+    return Estimate(x.mean(-1), x.std(-1) / x.shape[-1] ** 0.5)
+
+
+# %% 07_curvature_matrices sec-cm-trace 2 da956180
+def hutchpp_trace(
+    A: Any, products: int = 99, *, generator: torch.Generator | None = None
+) -> Estimate:
+    """The trace by Hutch++: exactly on a random subspace, probed beside it.
+
+    A third of the products finds the range of A, a third its trace there,
+    and a third probes what is left. Exact if A has no larger rank.
+
+    Args:
+        A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
+        products: Number of products with A, at least 6.
+        generator: On the matrix's device. Default: torch's.
+
+    Raises:
+        ValueError: ``products`` below 6.
+
+    Source: Meyer et al. (2021), arXiv 2010.09649. Chapter 07,
+    eq-cm-hutchpp.
+    """
+    check_range("products", products, "[6, inf)")
+    k = products // 3
+    Q, _ = torch.linalg.qr(A @ rademacher(A, k, generator))
+    Z = rademacher(A, products - 2 * k, generator)
+    Z = Z - Q @ (Q.T @ Z)
+    rest = _mean((Z * (A @ Z)).sum(0))
+    return Estimate((Q * (A @ Q)).sum() + rest.value, rest.error)
+
+
+# %% 07_curvature_matrices sec-cm-spectrum 1 1df6713f
+class Ritz(NamedTuple):
+    """What Lanczos learns of a spectrum.
+
+    Attributes:
+        values: Ritz values θ, ``(k,)``, ascending.
+        vectors: Ritz vectors, orthonormal columns ``(P, k)``.
+        errors: ``‖A y − θ y‖``, ``(k,)``: an eigenvalue is that near.
+        weights: Squared components of the start in the Ritz vectors,
+            ``(k,)``; they sum to one.
+
+    Source: chapter 07, eq-cm-residual and eq-cm-quadrature.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    errors: Tensor
+    weights: Tensor
+
+
+def lanczos(
+    A: Any,
+    steps: int,
+    *,
+    start: Tensor | None = None,
+    top: int = 0,
+    tol: float = 1e-6,
+    generator: torch.Generator | None = None,
+) -> Ritz:
+    """Eigenvalues from products, the extreme ones first.
+
+    Lanczos with full reorthogonalisation, which needs ``steps`` vectors of
+    memory. It ends early when the Krylov space is invariant.
+
+    Args:
+        A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
+        steps: Number of products, at least 1; more than P are not used.
+        start: First vector ``(P,)``, not zero. Default: a Gaussian one.
+        top: End early when the errors of the ``top`` largest Ritz values
+            are below ``tol`` times the largest absolute one. Default 0:
+            never.
+        tol: See ``top``; in (0, ∞). Default 1e-6.
+        generator: On the matrix's device. Default: torch's.
+
+    Returns:
+        Ritz values and vectors, errors and weights.
+
+    Raises:
+        ValueError: ``steps`` below 1, or ``tol`` not positive.
+
+    Source: Lanczos (1950), doi 10.6028/jres.045.026. Chapter 07,
+    eq-cm-lanczos.
+    """
+    check_range("steps", steps, "[1, inf)")
+    check_range("tol", tol, "(0, inf)")
+    n = A.shape[0]
+    if start is None:
+        start = torch.empty(n, dtype=A.dtype, device=A.device)
+        start.normal_(generator=generator)
+    V = [start / start.norm()]
+    alpha, beta = [], []
+    for k in range(1, min(steps, n) + 1):
+        w, basis = A @ V[-1], torch.stack(V)
+        alpha.append(w @ V[-1])
+        for _ in range(2):  # once is not enough
+            w = w - basis.T @ (basis @ w)
+        beta.append(w.norm())
+        done = beta[-1] <= 10 * torch.finfo(A.dtype).eps * max(alpha + beta)
+        if k == min(steps, n) or done:
+            break
+        if top and k >= top:
+            theta, S = _tridiagonal(alpha, beta)
+            error = (beta[-1] * S[-1].abs())[-top:].max()
+            if error <= tol * theta.abs().max():
+                break
+        V.append(w / beta[-1])
+    theta, S = _tridiagonal(alpha, beta)
+    errors = beta[-1] * S[-1].abs()
+    return Ritz(theta, torch.stack(V, 1) @ S, errors, S[0].square())
+
+
+def _tridiagonal(
+    alpha: list[Tensor], beta: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    a, b = torch.stack(alpha), torch.stack(beta)[:-1]
+    T = torch.diag(a) + torch.diag(b, 1) + torch.diag(b, -1)
+    return torch.linalg.eigh(T)
+
+
+# %% 07_curvature_matrices sec-cm-spectrum 2 1e7d89c0
+def spectral_density(
+    A: Any,
+    grid: Tensor,
+    *,
+    width: float,
+    steps: int = 60,
+    probes: int = 4,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The density of the eigenvalues, each a Gaussian bump.
+
+    The mean over random starts of the Ritz values' weighted bumps
+    (stochastic Lanczos quadrature). It integrates to one.
+
+    Args:
+        A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
+        grid: Where to evaluate it, of any shape.
+        width: Standard deviation of a bump, in units of eigenvalues; in
+            (0, ∞).
+        steps: Lanczos steps for each start. Default 60.
+        probes: Number of starts, at least 1. Default 4.
+        generator: On the matrix's device. Default: torch's.
+
+    Returns:
+        The density, of the grid's shape.
+
+    Raises:
+        ValueError: An argument outside its range.
+
+    Source: Ubaru et al. (2017), doi 10.1137/16M1104974; Ghorbani et al.
+    (2019), arXiv 1901.10159. Chapter 07, eq-cm-quadrature.
+    """
+    check_range("width", width, "(0, inf)")
+    check_range("probes", probes, "[1, inf)")
+    total = torch.zeros_like(grid)
+    for _ in range(probes):
+        ritz = lanczos(A, steps, generator=generator)
+        z = (grid[..., None] - ritz.values) / width
+        total += (-z.square() / 2).exp() @ ritz.weights
+    return total / (probes * width * (2 * torch.pi) ** 0.5)
