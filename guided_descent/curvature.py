@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head bde401f6
+# %% head d4bd91b6
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -297,7 +297,51 @@ def _snapshot(
     return point, mine
 
 
-# %% 07_curvature_matrices sec-cm-hessian 1 6a9a3eec
+# %% 07_curvature_matrices sec-cm-operator 4 18d7d336
+def _gradient(L: Tensor, x: list[Tensor]) -> tuple[Tensor, ...]:
+    """The gradient of a scalar, which can be differentiated once more."""
+    graph = {"create_graph": True, "materialize_grads": True}
+    return torch.autograd.grad(L, x, **graph)
+
+
+def _pull(
+    y: Iterable[Tensor], x: list[Tensor], u: Iterable[Tensor]
+) -> tuple[Tensor, ...]:
+    """``(∂y/∂x)ᵀ u``, where some of y may be constants."""
+    pairs = [(a, b) for a, b in zip(y, u, strict=True) if a.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(a) for a in x)
+    y, u = zip(*pairs, strict=True)
+    keep = {"retain_graph": True, "materialize_grads": True}
+    return torch.autograd.grad(y, x, u, **keep)
+
+
+# %% 07_curvature_matrices sec-cm-operator 5 0ff6ece0
+class Hessian(CurvatureOperator):
+    """The Hessian of the loss, ``∇² L``.
+
+    Args:
+        model, loss, data, params, cache: See ``CurvatureOperator``.
+
+    Raises:
+        TypeError, ValueError: See ``CurvatureOperator``.
+
+    Source: Pearlmutter (1994), doi 10.1162/neco.1994.6.1.147. Chapter 07,
+    eq-cm-hvp.
+    """
+
+    def _term(self, i: int, X: Any, y: Any) -> Callable[[Tensor], Tensor]:
+        with torch.enable_grad():
+            L = self._share(y) * self._scalar(self._outputs(X), y)
+            slope = _gradient(L, self._params)
+
+        def product(v: Tensor) -> Tensor:
+            return self.join(_pull(slope, self._params, self.split(v)))
+
+        return product
+
+
+# %% 07_curvature_matrices sec-cm-ggn 1 e3faec30
 class Jacobian:
     """The Jacobian J of outputs in parameters, as two products.
 
@@ -335,50 +379,7 @@ class Jacobian:
         return _pull([self.f], self.params, [u])
 
 
-def _gradient(L: Tensor, x: list[Tensor]) -> tuple[Tensor, ...]:
-    """The gradient of a scalar, which can be differentiated once more."""
-    graph = {"create_graph": True, "materialize_grads": True}
-    return torch.autograd.grad(L, x, **graph)
-
-
-def _pull(
-    y: Iterable[Tensor], x: list[Tensor], u: Iterable[Tensor]
-) -> tuple[Tensor, ...]:
-    """``(∂y/∂x)ᵀ u``, where some of y may be constants."""
-    pairs = [(a, b) for a, b in zip(y, u, strict=True) if a.requires_grad]
-    if not pairs:
-        return tuple(torch.zeros_like(a) for a in x)
-    y, u = zip(*pairs, strict=True)
-    keep = {"retain_graph": True, "materialize_grads": True}
-    return torch.autograd.grad(y, x, u, **keep)
-
-
-# %% 07_curvature_matrices sec-cm-hessian 2 0ff6ece0
-class Hessian(CurvatureOperator):
-    """The Hessian of the loss, ``∇² L``.
-
-    Args:
-        model, loss, data, params, cache: See ``CurvatureOperator``.
-
-    Raises:
-        TypeError, ValueError: See ``CurvatureOperator``.
-
-    Source: Pearlmutter (1994), doi 10.1162/neco.1994.6.1.147. Chapter 07,
-    eq-cm-hvp.
-    """
-
-    def _term(self, i: int, X: Any, y: Any) -> Callable[[Tensor], Tensor]:
-        with torch.enable_grad():
-            L = self._share(y) * self._scalar(self._outputs(X), y)
-            slope = _gradient(L, self._params)
-
-        def product(v: Tensor) -> Tensor:
-            return self.join(_pull(slope, self._params, self.split(v)))
-
-        return product
-
-
-# %% 07_curvature_matrices sec-cm-ggn 1 da0521f3
+# %% 07_curvature_matrices sec-cm-ggn 2 da0521f3
 class OutputCurvature(CurvatureOperator):
     """A curvature matrix ``Jᵀ B J``: B acts on the model's outputs.
 
@@ -416,7 +417,7 @@ class OutputCurvature(CurvatureOperator):
         """``u → B u`` for batch ``i`` with outputs ``f``."""
 
 
-# %% 07_curvature_matrices sec-cm-ggn 2 c014c632
+# %% 07_curvature_matrices sec-cm-ggn 3 c014c632
 class GGN(OutputCurvature):
     """The generalised Gauss–Newton matrix, ``Jᵀ (∇²_f L) J``.
 
@@ -643,7 +644,7 @@ class EmpiricalFisher(OutputCurvature):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-natural 1 ccb3516d
+# %% 07_curvature_matrices sec-cm-natural 1 707132c1
 class NaturalGradient(Optimizer):
     """Natural gradient: steepest descent where distance is KL divergence.
 
@@ -674,7 +675,7 @@ class NaturalGradient(Optimizer):
     Its closure returns the loss and does not call ``backward``. The model's
     outputs are taken from a forward hook while the closure runs; several
     calls count as one batch. ``.grad`` is neither read nor written. Each
-    iteration of conjugate gradients reads one number back to the host.
+    iteration of conjugate gradients reads two numbers back to the host.
 
     Raises:
         TypeError: ``model`` is no module; no closure; outputs that are not
@@ -827,15 +828,14 @@ class NaturalGradient(Optimizer):
         """The direction d, and the divergence that the whole step means."""
         lam = h["damping"]
         damped = lambda v: F(v) + lam * v
-        d, r = _conjugate_gradients(damped, g, h["iterations"], h["tol"])
-        # dᵀF d without another product, since g − r = (F + λI) d
-        return d, (d @ (g - r) - lam * d @ d) * h["lr"] ** 2 / 2
+        d = _conjugate_gradients(damped, g, h["iterations"], h["tol"])
+        return d, h["lr"] ** 2 / 2 * (d @ F(d))
 
 
 def _conjugate_gradients(
     A: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tol: float
-) -> tuple[Tensor, Tensor]:
-    """An approximate solution of ``A x = b``, and its residual."""
+) -> Tensor:
+    """An approximate solution of ``A x = b``."""
     x, r = torch.zeros_like(b), b
     p, rr = r, r @ r
     goal = tol**2 * rr
@@ -843,11 +843,13 @@ def _conjugate_gradients(
         if rr <= goal:
             break
         Ap = A(p)
-        alpha = rr / (p @ Ap)
+        if (bend := p @ Ap) <= 0:  # singular, and only rounding is left
+            break
+        alpha = rr / bend
         x, r = x + alpha * p, r - alpha * Ap
         rr, before = r @ r, rr
         p = r + rr / before * p
-    return x, r
+    return x
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -863,7 +865,7 @@ def _like(v: Tensor, params: list[Tensor]) -> list[Tensor]:
     return [x.view(p.shape).to(p.dtype) for x, p in pairs]
 
 
-# %% 07_curvature_matrices sec-cm-trace 1 aa0f6f1c
+# %% 07_curvature_matrices sec-cm-trace 1 ec35fc6c
 class Estimate(NamedTuple):
     """A random estimate and its standard error.
 
@@ -892,7 +894,7 @@ def rademacher(
     Returns:
         Columns ``(P, samples)``.
 
-    Source: Hutchinson (1990), doi 10.1080/03610919008812866. Chapter 07,
+    Source: Hutchinson (1989), doi 10.1080/03610918908812806. Chapter 07,
     eq-cm-hutchinson.
     """
     bits = torch.empty(A.shape[0], samples, dtype=A.dtype, device=A.device)
@@ -912,7 +914,7 @@ def hutchinson_trace(
     Raises:
         ValueError: ``samples`` below 2.
 
-    Source: Hutchinson (1990), doi 10.1080/03610919008812866. Chapter 07,
+    Source: Hutchinson (1989), doi 10.1080/03610918908812806. Chapter 07,
     eq-cm-hutchinson.
     """
     check_range("samples", samples, "[2, inf)")

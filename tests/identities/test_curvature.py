@@ -1,6 +1,9 @@
-"""Chapter 07: the operators are the matrices they say they are, and leave the model alone."""
+"""Chapter 07: operators are the matrices they say they are, estimates find them, the natural gradient solves."""
 
 import copy
+import io
+import math
+import pickle
 
 import pytest
 import torch
@@ -18,6 +21,13 @@ from guided_descent.curvature import (
     Hessian,
     Jacobian,
     LinearOperator,
+    NaturalGradient,
+    hutchinson_diagonal,
+    hutchinson_trace,
+    hutchpp_trace,
+    lanczos,
+    rademacher,
+    spectral_density,
 )
 
 seeds = st.integers(0, 2**31 - 1)
@@ -395,3 +405,285 @@ def test_more_refusals():
     with pytest.raises(TypeError, match="samples"):
         Fisher(model, "categorical", (X, y), 0.5)
     assert isinstance(op, LinearOperator)
+
+
+# --- estimates of a trace, a diagonal, a spectrum
+
+
+def symmetric(seed, n=8):
+    A = torch.randn(n, n, generator=torch.Generator().manual_seed(seed)).double()
+    return A + A.T
+
+
+@fast
+@given(seeds)
+def test_probes_are_signs_of_both_kinds(seed):
+    A, generator = symmetric(seed, 50), torch.Generator().manual_seed(seed)
+    Z = rademacher(A, 40, generator)
+    assert Z.dtype == A.dtype and Z.shape == (50, 40)
+    assert set(Z.unique().tolist()) == {-1.0, 1.0}
+    assert abs(Z.mean()) < 6 / 2000**0.5
+    assert torch.equal(Z, rademacher(A, 40, torch.Generator().manual_seed(seed)))
+
+
+def test_hutchinson_is_exact_for_a_diagonal_and_unbiased_with_the_error_it_says():
+    D = torch.diag(torch.arange(1.0, 6.0).double())
+    assert hutchinson_trace(D, 2).value == 15 and close(hutchinson_diagonal(D, 2).value, D.diagonal())
+    A, generator = symmetric(0, 20), torch.Generator().manual_seed(0)
+    many = [hutchinson_trace(A, 50, generator=generator) for _ in range(200)]
+    values, errors = torch.stack([e.value for e in many]), torch.stack([e.error for e in many])
+    spread = (2 * (A.square().sum() - A.diagonal().square().sum()) / 50).sqrt()
+    assert abs(values.mean() - A.trace()) < 4 * spread / 200**0.5
+    assert abs(values.std() / spread - 1) < 0.2 and abs(errors.mean() / spread - 1) < 0.1
+    estimate = hutchinson_diagonal(A, 4000, generator=generator)
+    assert ((estimate.value - A.diagonal()).abs() < 5 * estimate.error).all()
+
+
+@fast
+@given(seeds, st.integers(1, 5))
+def test_hutchpp_is_exact_for_low_rank(seed, rank):
+    L = torch.randn(30, rank, generator=torch.Generator().manual_seed(seed)).double()
+    A = L @ L.T
+    estimate = hutchpp_trace(A, 21, generator=torch.Generator().manual_seed(seed + 1))
+    assert abs(estimate.value / A.trace() - 1) < 1e-10 and estimate.error < 1e-9 * A.trace()
+
+
+def test_hutchpp_beats_hutchinson_at_equal_products():
+    Q, _ = torch.linalg.qr(symmetric(1, 100))
+    A = Q * (torch.arange(1.0, 101.0) ** -1.5).double() @ Q.T
+    generator = torch.Generator().manual_seed(0)
+
+    def error(estimate):
+        values = torch.stack([estimate(A, 60, generator=generator).value for _ in range(30)])
+        return (values - A.trace()).square().mean().sqrt()
+
+    assert error(hutchpp_trace) < 0.3 * error(hutchinson_trace)
+
+
+@fast
+@given(seeds)
+def test_lanczos_to_the_end_finds_everything(seed):
+    A = symmetric(seed)
+    ritz = lanczos(A, 50, generator=torch.Generator().manual_seed(seed))
+    eigenvalues = torch.linalg.eigvalsh(A)
+    assert close(ritz.values, eigenvalues, 1e-8) and close(A @ ritz.vectors, ritz.vectors * ritz.values, 1e-7)
+    assert abs(ritz.weights.sum() - 1) < 1e-10
+
+
+@fast
+@given(seeds, st.integers(2, 15))
+def test_ritz_values_are_bracketed_and_as_near_as_they_say(seed, steps):
+    A = symmetric(seed, 20)
+    eigenvalues = torch.linalg.eigvalsh(A)
+    ritz = lanczos(A, steps, generator=torch.Generator().manual_seed(seed))
+    assert ritz.values[-1] <= eigenvalues[-1] + 1e-9 and ritz.values[0] >= eigenvalues[0] - 1e-9
+    nearest = (ritz.values[:, None] - eigenvalues).abs().amin(1)
+    assert (nearest <= ritz.errors + 1e-9).all()
+    assert close((A @ ritz.vectors - ritz.vectors * ritz.values).norm(dim=0), ritz.errors, 1e-9)
+    assert close(ritz.vectors.T @ ritz.vectors, torch.eye(len(ritz.values)).double(), 1e-10)
+
+
+def test_lanczos_stops_in_an_invariant_space():
+    A = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
+    ritz = lanczos(A, 4, start=torch.tensor([1.0, 0.0, 1.0, 0.0]).double())
+    assert close(ritz.values, torch.tensor([1.0, 3.0]).double())
+    zero = lanczos(torch.zeros(3, 3).double(), 3)
+    assert close(zero.values, torch.zeros(1).double()) and zero.vectors.isfinite().all()
+
+
+def test_lanczos_without_ghosts_and_with_an_early_end():
+    A = torch.diag(torch.cat([torch.linspace(0, 1, 199), torch.tensor([100.0])]).double())
+    assert (lanczos(A, 150, generator=torch.Generator().manual_seed(0)).values > 2).sum() == 1
+    early = lanczos(A, 150, top=1, tol=1e-10, generator=torch.Generator().manual_seed(0))
+    assert len(early.values) < 15 and abs(early.values[-1] - 100) < 1e-8
+
+
+def test_spectral_density_integrates_to_one_and_finds_the_bulk():
+    lam = torch.cat([torch.zeros(90), torch.full((10,), 5.0)]).double()
+    grid = torch.linspace(-2, 7, 2000).double()
+    density = spectral_density(
+        torch.diag(lam), grid, width=0.1, probes=40, generator=torch.Generator().manual_seed(0)
+    )
+    cell = grid[1] - grid[0]
+    assert abs(density.sum() * cell - 1) < 1e-6
+    assert abs(density[grid > 2.5].sum() * cell - 0.1) < 0.03
+
+
+def test_estimates_refuse_nonsense():
+    A = symmetric(0)
+    for call in (
+        lambda: hutchinson_trace(A, 1),
+        lambda: hutchinson_diagonal(A, 1),
+        lambda: hutchpp_trace(A, 5),
+        lambda: lanczos(A, 0),
+        lambda: lanczos(A, 3, tol=0.0),
+        lambda: spectral_density(A, torch.zeros(1), width=0.0),
+    ):
+        with pytest.raises(ValueError, match="pass a number in"):
+            call()
+
+
+# --- the natural gradient
+
+
+def losses(model, data, steps=5, kind="categorical", **options):
+    optimizer = NaturalGradient(model, kind, **options)
+    return [float(optimizer.step(lambda: LIKELIHOODS[kind].loss(model(data[0]), data[1]))) for _ in range(steps)]
+
+
+@fast
+@given(seeds, st.sampled_from(["categorical", "gaussian", "bernoulli"]))
+def test_a_step_is_the_damped_solve(seed, name):
+    model, (X, y) = network(seed), batch(seed)
+    t, loss = targets_for(name, y), LIKELIHOODS[name].loss
+    F_dense = Fisher(model, name, (X, t)).to_dense()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    g = torch.cat([x.flatten() for x in torch.autograd.grad(loss(model(X), t), list(model.parameters()))])
+    d = torch.linalg.solve(F_dense + 0.1 * torch.eye(len(g)).double(), g)
+    losses(model, (X, t), 1, name, lr=0.7, damping=0.1, max_kl=float("inf"), iterations=200, tol=1e-13)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert close(after, before - 0.7 * d, 1e-9)
+
+
+@fast
+@given(seeds, st.floats(1e-4, 1e-2))
+def test_no_step_is_longer_than_max_kl(seed, max_kl):
+    model, data = network(seed), batch(seed)
+    F_op = Fisher(model, "categorical", data)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    losses(model, data, 1, max_kl=max_kl, damping=1e-4)
+    step = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert step @ (F_op @ step) / 2 <= max_kl * (1 + 1e-9)
+    assert step @ (F_op @ step) / 2 >= max_kl * 0.1
+
+
+@fast
+@given(seeds)
+def test_invariance_to_linear_changes_of_parameters(seed):
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.linalg.qr(torch.randn(4, 4, generator=generator).double())[0] * torch.tensor([0.3, 1, 2, 5.0]).double()
+    X, y = torch.randn(40, 4, generator=generator).double(), torch.rand(40, 1, generator=generator).round().double()
+    plain, turned = nn.Linear(4, 1).double(), nn.Linear(4, 1).double()
+    with torch.no_grad():  # the same function: w x = (w A⁻¹) (A x)
+        turned.weight.copy_(plain.weight @ torch.linalg.inv(A))
+        turned.bias.copy_(plain.bias)
+    options = {"damping": 0.0, "tol": 1e-13, "kind": "bernoulli", "max_kl": 0.01}
+    a, b = losses(plain, (X, y), 6, **options), losses(turned, (X @ A.T, y), 6, **options)
+    assert close(torch.tensor(b), torch.tensor(a), 1e-8)
+
+
+def test_least_squares_in_one_step():
+    model, X = nn.Linear(4, 2).double(), torch.randn(30, 4).double()
+    y = torch.randn(30, 2).double()
+    losses(model, (X, y), 1, "gaussian", damping=0.0, tol=1e-13, max_kl=float("inf"))
+    design = torch.cat([X, torch.ones(30, 1).double()], 1)
+    best = torch.linalg.lstsq(design, y).solution
+    assert close(torch.cat([model.weight, model.bias[:, None]], 1), best.T, 1e-9)
+
+
+def test_parts_of_a_batch_count_as_the_batch():
+    (X, y), whole, parts = batch(), network(), network()
+    losses(whole, (X, y), 1, tol=1e-10)
+    optimizer = NaturalGradient(parts, tol=1e-10)
+
+    def cut(a, b):
+        return F.cross_entropy(parts(X[a:b]), y[a:b]) * (b - a) / len(y)
+
+    optimizer.step(lambda: cut(0, 3) + cut(3, 7))
+    assert all(close(a, b, 1e-10) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+def test_maximize_frozen_and_untouched_gradients():
+    up, down, (X, y) = network(), network(), batch()
+    start = copy.deepcopy(up.state_dict())
+    up[0].weight.requires_grad_(False)
+    down[0].weight.requires_grad_(False)
+    for p in up.parameters():
+        p.grad = torch.ones_like(p)
+    kept = NaturalGradient(up, maximize=True)
+    kept.step(lambda: F.cross_entropy(up(X), y))
+    losses(down, (X, y), 1)
+    for name, p in up.named_parameters():
+        assert close(p - start[name], start[name] - down.state_dict()[name])
+        assert torch.equal(p.grad, torch.ones_like(p))
+    assert torch.equal(up[0].weight, start["0.weight"]) and not torch.equal(up[2].weight, start["2.weight"])
+    down[2].requires_grad_(False)  # frozen later: not moved from then on
+    before = down[2].weight.clone()
+    NaturalGradient(down).step(lambda: F.cross_entropy(down(X), y))
+    assert torch.equal(down[2].weight, before)
+
+
+def test_a_tensor_lr_and_state_on_disk():
+    a, b, data = network(), network(), batch()
+    lr = torch.tensor(0.3)
+    assert losses(a, data, lr=lr) == losses(b, data, lr=float(lr))
+    assert lr == torch.tensor(0.3)
+    model = network()
+    optimizer = NaturalGradient(model, damping=0.5)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = NaturalGradient(model)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.param_groups[0]["damping"] == 0.5 and other.param_groups[0]["likelihood"] == "categorical"
+    again = pickle.loads(pickle.dumps(optimizer))
+    again.step(lambda: F.cross_entropy(again.model(data[0]), data[1]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite(bad):
+    X, y = batch()
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+
+    def same():
+        return all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+    def closure():
+        return F.cross_entropy(model(X), y) * bad
+
+    skipping = NaturalGradient(model, nonfinite="skip")
+    skipping.step(closure)
+    assert same() and skipping.skipped_steps == 1
+    with pytest.raises(FloatingPointError, match="nonfinite='raise'"):
+        NaturalGradient(model, nonfinite="raise").step(closure)
+    assert same()
+    NaturalGradient(model).step(closure)
+    assert not all(p.isfinite().all() for p in model.parameters())
+
+
+def test_zero_gradients_and_singular_matrices_stay_finite():
+    X, y = batch()
+    for options in ({"damping": 0.0}, {"damping": 0.0, "iterations": 500, "tol": 0.0}, {}):
+        model = network()
+        NaturalGradient(model, **options).step(lambda m=model: F.cross_entropy(m(X * 0), y) * 0)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
+        assert all(map(math.isfinite, losses(network(), (X, y), 8, **options)))
+
+
+def test_natural_gradient_refuses():
+    X, y = batch()
+    model = network()
+    with pytest.raises(TypeError, match="nn.Module"):
+        NaturalGradient(model.parameters())
+    for options in ({"damping": -1.0}, {"max_kl": 0.0}, {"iterations": 0}, {"tol": 1.0}, {"lr": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            NaturalGradient(model, **options)
+    with pytest.raises(ValueError, match="categorical"):
+        NaturalGradient(model, "poisson")
+    with pytest.raises(ValueError, match="engine"):
+        NaturalGradient(model, engine="foreach")
+    optimizer = NaturalGradient(model)
+    with pytest.raises(TypeError, match="closure"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="did not call the model"):
+        optimizer.step(lambda: model[0].weight.sum())
+
+    def backward():
+        loss = F.cross_entropy(model(X), y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match="do not call backward"):
+        optimizer.step(backward)
+    assert not model._forward_hooks
