@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head d4bd91b6
+# %% head 49ef2cf5
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -644,15 +644,14 @@ class EmpiricalFisher(OutputCurvature):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-natural 1 707132c1
+# %% 07_curvature_matrices sec-cm-natural 1 61d50d59
 class NaturalGradient(Optimizer):
     """Natural gradient: steepest descent where distance is KL divergence.
 
     With F the Fisher matrix on the closure's batch and g its gradient::
 
-        d ← (F + damping · I)⁻¹ g              (conjugate gradients)
-        ν ← min(1, √(max_kl / (½ lr² dᵀF d)))  (trust region)
-        x ← x − ν · lr · d
+        Δ ← −lr · (F + damping · I)⁻¹ g        (conjugate gradients)
+        x ← x + min(1, √(max_kl / ½ΔᵀF Δ)) · Δ  (trust region)
 
     F is exact (type-2) and never formed: a product costs about two
     backward passes. With a Gaussian this is Gauss–Newton.
@@ -748,12 +747,16 @@ class NaturalGradient(Optimizer):
             if not finite:
                 return loss.detach()
             F = self._fisher(outputs, params, LIKELIHOODS[h["likelihood"]])
-            d, kl = self._solve(F, g, h)
-            size = (h["max_kl"] / kl).sqrt().clamp(max=1)
-            size = torch.where(kl > 0, size, 1)
-            for (group, p), x in zip(pairs, _like(d, params), strict=True):
+            damped = partial(_damped, F, h["damping"])
+            d = _conjugate_gradients(damped, g, h["iterations"], h["tol"])
+            steps = zip(pairs, _like(d, params), strict=True)
+            step = [group["lr"] * x for (group, _), x in steps]
+            whole = _flat(step)
+            kl = (whole @ F(whole) / 2).clamp(min=0)
+            nu = (h["max_kl"] / kl).sqrt().clamp(max=1)
+            for (group, p), x in zip(pairs, step, strict=True):
                 sign = 1 if group["maximize"] else -1
-                p.add_((sign * size * group["lr"] * x).to(p.dtype))
+                p.add_((sign * nu * x).to(p.dtype))
         return loss.detach()
 
     def _evaluate(self, closure: Any) -> tuple[Tensor, list[Tensor]]:
@@ -822,21 +825,18 @@ class NaturalGradient(Optimizer):
 
         return product
 
-    def _solve(
-        self, F: Callable[[Tensor], Tensor], g: Tensor, h: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """The direction d, and the divergence that the whole step means."""
-        lam = h["damping"]
-        damped = lambda v: F(v) + lam * v
-        d = _conjugate_gradients(damped, g, h["iterations"], h["tol"])
-        return d, h["lr"] ** 2 / 2 * (d @ F(d))
+
+def _damped(
+    F: Callable[[Tensor], Tensor], damping: float, v: Tensor
+) -> Tensor:
+    return F(v) + damping * v
 
 
 def _conjugate_gradients(
     A: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tol: float
 ) -> Tensor:
     """An approximate solution of ``A x = b``."""
-    x, r = torch.zeros_like(b), b
+    x, r = 0 * b, b  # zero, or NaN where b is not finite
     p, rr = r, r @ r
     goal = tol**2 * rr
     for _ in range(int(iterations)):
