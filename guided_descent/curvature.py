@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 49ef2cf5
+# %% head 4c9d0e1d
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -379,7 +379,7 @@ class Jacobian:
         return _pull([self.f], self.params, [u])
 
 
-# %% 07_curvature_matrices sec-cm-ggn 2 da0521f3
+# %% 07_curvature_matrices sec-cm-ggn 2 bfa69303
 class OutputCurvature(CurvatureOperator):
     """A curvature matrix ``Jᵀ B J``: B acts on the model's outputs.
 
@@ -393,7 +393,7 @@ class OutputCurvature(CurvatureOperator):
         TypeError, ValueError: See ``CurvatureOperator``.
 
     Source: Schraudolph (2002), doi 10.1162/08997660260028683. Chapter 07,
-    eq-cm-ggn.
+    eq-cm-split.
     """
 
     def _term(self, i: int, X: Any, y: Any) -> Callable[[Tensor], Tensor]:
@@ -417,7 +417,7 @@ class OutputCurvature(CurvatureOperator):
         """``u → B u`` for batch ``i`` with outputs ``f``."""
 
 
-# %% 07_curvature_matrices sec-cm-ggn 3 c014c632
+# %% 07_curvature_matrices sec-cm-ggn 3 b1d07dd8
 class GGN(OutputCurvature):
     """The generalised Gauss–Newton matrix, ``Jᵀ (∇²_f L) J``.
 
@@ -431,7 +431,7 @@ class GGN(OutputCurvature):
         TypeError, ValueError: See ``CurvatureOperator``.
 
     Source: Schraudolph (2002), doi 10.1162/08997660260028683. Chapter 07,
-    eq-cm-ggn.
+    eq-cm-split.
     """
 
     def _middle(
@@ -611,12 +611,13 @@ class Fisher(OutputCurvature):
         return lambda u: c * (s * (s * u).sum(-1, keepdim=True)).sum(0)
 
 
-# %% 07_curvature_matrices sec-cm-empirical 1 e592c819
+# %% 07_curvature_matrices sec-cm-empirical 1 c444eb6d
 class EmpiricalFisher(OutputCurvature):
     """``(1/n) Σ gᵢ gᵢᵀ`` of the gradients on the data's own targets.
 
     An example is what lies at one index of the outputs' first axis, and
-    its loss must depend on its own outputs alone.
+    its loss must depend on its own outputs alone. Gradients are those of
+    the loss as it is scaled.
 
     Args:
         model, loss, data, params, cache: See ``CurvatureOperator``.
@@ -625,7 +626,7 @@ class EmpiricalFisher(OutputCurvature):
         TypeError, ValueError: See ``CurvatureOperator``.
 
     Source: Kunstner et al. (2019), arXiv 1905.12558. Chapter 07,
-    eq-cm-empirical.
+    eq-cm-empirical-ls.
     """
 
     def _middle(
@@ -644,7 +645,7 @@ class EmpiricalFisher(OutputCurvature):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-natural 1 61d50d59
+# %% 07_curvature_matrices sec-cm-natural 1 5e38dd86
 class NaturalGradient(Optimizer):
     """Natural gradient: steepest descent where distance is KL divergence.
 
@@ -663,7 +664,7 @@ class NaturalGradient(Optimizer):
             (logits). The loss should be that of ``LIKELIHOODS``, the mean
             over the batch; a multiple of it is a change of lr and damping.
         lr: Share η of the step that is taken, in [0, ∞). Default 1.
-        damping: λ, in the units of F, in [0, ∞). Default 1e-3.
+        damping: λ, in the units of F, in [0, ∞). Default 0.01.
         max_kl: Largest KL divergence that a step may cause, by its second
             order, in nats an example, in (0, ∞]. Default 0.1.
         iterations: Most products a step, at least 1. Default 50.
@@ -702,7 +703,7 @@ class NaturalGradient(Optimizer):
         model: nn.Module,
         likelihood: str = "categorical",
         lr: float | Tensor = 1.0,
-        damping: float = 1e-3,
+        damping: float = 1e-2,
         max_kl: float = 0.1,
         iterations: int = 50,
         tol: float = 0.01,
@@ -1065,7 +1066,7 @@ def _tridiagonal(
     return torch.linalg.eigh(T)
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 2 1e7d89c0
+# %% 07_curvature_matrices sec-cm-spectrum 2 046ebb6e
 def spectral_density(
     A: Any,
     grid: Tensor,
@@ -1103,6 +1104,6 @@ def spectral_density(
     total = torch.zeros_like(grid)
     for _ in range(probes):
         ritz = lanczos(A, steps, generator=generator)
-        z = (grid[..., None] - ritz.values) / width
-        total += (-z.square() / 2).exp() @ ritz.weights
+        z = (grid[..., None] - ritz.values.to(grid)) / width
+        total += (-z.square() / 2).exp() @ ritz.weights.to(grid)
     return total / (probes * width * (2 * torch.pi) ** 0.5)

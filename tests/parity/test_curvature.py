@@ -1,13 +1,15 @@
-"""Chapter 07 against curvlinops and BackPACK."""
+"""Chapter 07 against curvlinops, BackPACK and SciPy."""
 
 import backpack
 import curvlinops
 import pytest
 import torch
 from backpack import extensions
+from scipy.sparse import eye
+from scipy.sparse.linalg import aslinearoperator, cg, eigsh
 from torch import nn
 
-from guided_descent.curvature import GGN, EmpiricalFisher, Fisher, Hessian
+from guided_descent.curvature import GGN, EmpiricalFisher, Fisher, Hessian, NaturalGradient, lanczos
 
 TOLERANCE = 1e-12
 
@@ -89,3 +91,24 @@ def test_backpack_sum_of_squared_gradients_is_the_empirical_diagonal():
     with backpack.backpack(extensions.SumGradSquared()):
         value.backward()
     same(ours, torch.cat([p.sum_grad_squared.flatten() for p in copy.parameters()]) / len(X))
+
+
+def test_lanczos_finds_scipys_eigenvalues():
+    model, data = setting("classes")
+    H = Hessian(model, nn.CrossEntropyLoss(), data)
+    theirs = torch.as_tensor(eigsh(H.to_scipy(), k=3, which="LA", return_eigenvectors=False)).sort().values
+    same(lanczos(H, 200, top=3, tol=1e-10).values[-3:], theirs, 1e-9)
+
+
+def test_natural_gradient_takes_scipys_step():
+    model, data = setting("classes")
+    X, y = (torch.cat(part) for part in zip(*data, strict=True))
+    loss = nn.CrossEntropyLoss()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    g = torch.cat([p.flatten() for p in torch.autograd.grad(loss(model(X), y), list(model.parameters()))])
+    F = curvlinops.GGNLinearOperator(model, loss, list(model.parameters()), [(X, y)]).to_scipy()
+    d, _ = cg(F + 0.1 * aslinearoperator(eye(len(g))), g.numpy(), rtol=1e-13, maxiter=500)
+    optimizer = NaturalGradient(model, damping=0.1, iterations=500, tol=1e-13, max_kl=float("inf"))
+    optimizer.step(lambda: loss(model(X), y))
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    same(before - after, torch.as_tensor(d), 1e-9)
