@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4c9d0e1d
+# %% head 297ee069
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -443,29 +443,25 @@ class GGN(OutputCurvature):
         return lambda u: _pull(slope, [f], [u])[0]
 
 
-# %% 07_curvature_matrices sec-cm-fisher 1 d03c38e4
+# %% 07_curvature_matrices sec-cm-fisher 1 962af202
 class Likelihood(NamedTuple):
-    """What the outputs say about the targets: log p(y | f), and its noise.
+    """What the outputs say about the targets: p(y | f), and its noise.
 
-    Attributes:
-        loss: ``−log p(targets | f)`` without constants, averaged over the
-            examples. ``"categorical"``: cross-entropy of logits.
-            ``"gaussian"``: ``½‖f − y‖²``, unit variance. ``"bernoulli"``:
-            binary cross-entropy of logits, summed over outputs.
-        axis: Where the outputs of one example lie; all other axes count
-            examples.
-        fisher: For rows of outputs, the exact product with their Fisher
-            matrix, ``E[s sᵀ]``.
-        score: For rows of outputs, a drawn ``s = −∇_f log p(y | f)``,
-            with y drawn from the model.
+    ``"categorical"``: cross-entropy of logits. ``"gaussian"``:
+    ``½‖f − y‖²``, unit variance. ``"bernoulli"``: binary cross-entropy of
+    logits, summed over outputs.
 
     Source: Martens (2020), arXiv 1412.1193. Chapter 07, eq-cm-fisher.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
+    """``−log p(targets | f)`` without constants, mean over examples."""
     axis: int
+    """Where one example's outputs lie; the other axes count examples."""
     fisher: Callable[[Tensor], Callable[[Tensor], Tensor]]
+    """For rows of outputs, the exact product with ``E[s sᵀ]``."""
     score: Callable[[Tensor, torch.Generator | None], Tensor]
+    """For rows of outputs, ``s = −∇_f log p(y | f)`` with y drawn."""
 
     def rows(self, f: Tensor) -> Tensor:
         """Outputs as (examples, outputs of one example)."""
@@ -866,19 +862,14 @@ def _like(v: Tensor, params: list[Tensor]) -> list[Tensor]:
     return [x.view(p.shape).to(p.dtype) for x, p in pairs]
 
 
-# %% 07_curvature_matrices sec-cm-trace 1 ec35fc6c
+# %% 07_curvature_matrices sec-cm-trace 1 9a367762
 class Estimate(NamedTuple):
-    """A random estimate and its standard error.
-
-    Attributes:
-        value: The estimate.
-        error: One standard deviation of it, estimated from the probes.
-
-    Source: chapter 07, "A trace from products".
-    """
+    """A random estimate and its standard error."""
 
     value: Tensor
+    """The estimate."""
     error: Tensor
+    """One standard deviation of it, estimated from the probes."""
 
 
 def rademacher(
@@ -977,24 +968,18 @@ def hutchpp_trace(
     return Estimate((Q * (A @ Q)).sum() + rest.value, rest.error)
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 1 1df6713f
+# %% 07_curvature_matrices sec-cm-spectrum 1 b277b8b5
 class Ritz(NamedTuple):
-    """What Lanczos learns of a spectrum.
-
-    Attributes:
-        values: Ritz values θ, ``(k,)``, ascending.
-        vectors: Ritz vectors, orthonormal columns ``(P, k)``.
-        errors: ``‖A y − θ y‖``, ``(k,)``: an eigenvalue is that near.
-        weights: Squared components of the start in the Ritz vectors,
-            ``(k,)``; they sum to one.
-
-    Source: chapter 07, eq-cm-residual and eq-cm-quadrature.
-    """
+    """What Lanczos learns of a spectrum."""
 
     values: Tensor
+    """Ritz values θ, ``(k,)``, ascending."""
     vectors: Tensor
+    """Ritz vectors, orthonormal columns ``(P, k)``."""
     errors: Tensor
+    """``‖A y − θ y‖``, ``(k,)``: an eigenvalue is that near."""
     weights: Tensor
+    """Squared components of the start in the Ritz vectors, ``(k,)``."""
 
 
 def lanczos(
