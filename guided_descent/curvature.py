@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 297ee069
+# %% head 14e0dd85
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -140,7 +140,7 @@ class LinearOperator(ABC):
             )
 
 
-# %% 07_curvature_matrices sec-cm-operator 3 b6648eed
+# %% 07_curvature_matrices sec-cm-operator 3 7ef63379
 class CurvatureOperator(LinearOperator):
     """A curvature matrix of a model's loss on data, at one point.
 
@@ -152,7 +152,9 @@ class CurvatureOperator(LinearOperator):
 
     The point is a copy of the model's parameters and buffers as they are
     now: training on changes nothing here, and nothing here changes the
-    model (its gradients, buffers and mode; its forward hooks do run).
+    model (its gradients, buffers and mode; its forward hooks do run). With
+    dropout, call ``model.eval()`` first: it would draw anew at every
+    evaluation, and without a cache no two products had the same matrix.
 
     Args:
         model: Maps inputs to a tensor of outputs, examples first.
@@ -260,7 +262,7 @@ def _batches(data: Any) -> list[tuple[Any, Tensor]]:
 
     def is_batch(x: Any) -> bool:
         pair = isinstance(x, tuple | list) and len(x) == 2
-        return pair and isinstance(x[1], Tensor)
+        return pair and isinstance(x[1], Tensor) and x[1].ndim > 0
 
     batches = [data] if is_batch(data) else list(data)
     if not batches or not all(is_batch(x) and len(x[1]) for x in batches):
@@ -537,13 +539,14 @@ def _likelihood_of(loss: Any) -> tuple[Likelihood, float, bool]:
     return LIKELIHOODS[loss], 1.0, False
 
 
-# %% 07_curvature_matrices sec-cm-fisher 2 2f3b4b33
+# %% 07_curvature_matrices sec-cm-fisher 2 1a9f9981
 class Fisher(OutputCurvature):
     """The Fisher information, ``E_y[∇log p · ∇log pᵀ]``, y from the model.
 
     ``B = E[s sᵀ]`` in each example, with ``s = −∇_f log p(y | f)``: exactly
     (type-2), or as a mean over drawn labels (Monte Carlo). The targets of
-    the data are not looked at, but for their number.
+    the data are not looked at, but for their number; those that a loss
+    would ignore (``ignore_index``) count like all others.
 
     Args:
         model, data, params, cache: See ``CurvatureOperator``.
@@ -560,7 +563,8 @@ class Fisher(OutputCurvature):
     Raises:
         TypeError: See ``CurvatureOperator``; ``samples`` is no integer.
         ValueError: See ``CurvatureOperator``; an unknown likelihood, or a
-            loss with class weights or smoothing; ``samples`` below 1.
+            loss with class weights or smoothing; ``samples`` below 1; at
+            the first product, classes that are not on axis 1.
 
     Source: Amari (1998), doi 10.1162/089976698300017746; Martens (2020),
     arXiv 1412.1193. Chapter 07, eq-cm-fisher.
@@ -578,7 +582,9 @@ class Fisher(OutputCurvature):
         cache: bool | None = None,
     ) -> None:
         if samples is not None and not isinstance(samples, int):
-            raise TypeError(f"samples={samples!r} is no integer; pass 1 or more, or None")
+            raise TypeError(
+                f"samples={samples!r} is no integer; pass 1 or more, or None"
+            )
         if samples is not None and samples < 1:
             raise ValueError(f"samples={samples} is below 1; pass 1 or more")
         self.likelihood, *self._scale = _likelihood_of(likelihood)
@@ -594,6 +600,13 @@ class Fisher(OutputCurvature):
         self, i: int, f: Tensor, y: Any
     ) -> Callable[[Tensor], Tensor]:
         factor, per_output = self._scale
+        labels = self.likelihood is LIKELIHOODS["categorical"]
+        if labels and not y.is_floating_point() and y.numel() != len(f):
+            raise ValueError(
+                f"{y.numel()} targets do not fit {len(f)} predictions of "
+                f"{f.shape[1]} classes; the model's outputs need the classes "
+                "on axis 1: use movedim(-1, 1), or flatten the other axes"
+            )
         c = factor * self._share(y) / (len(f) if self._mean else 1)
         c = c / f.shape[-1] if per_output else c
         if self.samples is None:
@@ -641,7 +654,7 @@ class EmpiricalFisher(OutputCurvature):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-natural 1 5e38dd86
+# %% 07_curvature_matrices sec-cm-natural 1 77283c7d
 class NaturalGradient(Optimizer):
     """Natural gradient: steepest descent where distance is KL divergence.
 
@@ -658,7 +671,8 @@ class NaturalGradient(Optimizer):
         likelihood: What its outputs mean: ``"categorical"`` (logits, classes
             on axis 1), ``"gaussian"`` (unit variance) or ``"bernoulli"``
             (logits). The loss should be that of ``LIKELIHOODS``, the mean
-            over the batch; a multiple of it is a change of lr and damping.
+            over the batch; a multiple of it multiplies lr (``nn.MSELoss``
+            of C outputs: 2/C). Ignored targets count in F.
         lr: Share η of the step that is taken, in [0, ∞). Default 1.
         damping: λ, in the units of F, in [0, ∞). Default 0.01.
         max_kl: Largest KL divergence that a step may cause, by its second
@@ -674,10 +688,11 @@ class NaturalGradient(Optimizer):
     iteration of conjugate gradients reads two numbers back to the host.
 
     Raises:
-        TypeError: ``model`` is no module; no closure; outputs that are not
-            one tensor.
+        TypeError: ``model`` is no module; no closure, or one that does not
+            return a scalar tensor; outputs that are not one tensor.
         ValueError: An argument outside its range; a closure that calls
-            ``backward``, or not the model.
+            ``backward``, or not the model; at the first step, a loss that
+            is no loss of classes on axis 1, for ``"categorical"``.
         FloatingPointError: See ``Options``.
 
     Source: Amari (1998), doi 10.1162/089976698300017746; Martens (2010),
@@ -687,6 +702,7 @@ class NaturalGradient(Optimizer):
     engines = ("auto", "loop")
     needs_closure = True
     differentiates = True
+    _checked = False
     ranges = {
         "damping": "[0, inf)",
         "max_kl": "(0, inf]",
@@ -735,6 +751,8 @@ class NaturalGradient(Optimizer):
         """
         h = self.param_groups[0]
         loss, outputs = self._evaluate(closure)
+        if h["likelihood"] == "categorical" and not self._checked:
+            self._check_classes(loss, outputs)
         pairs = [(x, p) for x in self.param_groups for p in x["params"]]
         pairs = [(group, p) for group, p in pairs if p.requires_grad]
         params = [p for _, p in pairs]
@@ -782,12 +800,33 @@ class NaturalGradient(Optimizer):
                 "the closure did not call the model with gradients on; "
                 "compute the loss with the model given to NaturalGradient"
             )
+        if not isinstance(loss, Tensor) or loss.ndim:
+            shape = getattr(loss, "shape", None)
+            raise TypeError(
+                f"the closure returned a {type(loss).__name__} of shape "
+                f"{shape}; return the loss, a scalar tensor"
+            )
         return loss, outputs
 
+    def _check_classes(self, loss: Tensor, outputs: list[Tensor]) -> None:
+        """A loss of softmax(f) does not feel a shift of f: Σ ∂L/∂f = 0."""
+        for f, s in zip(outputs, self._derivative(loss, outputs), strict=True):
+            if f.ndim > 1 and s.sum(1).abs().sum() > 0.1 * s.abs().sum():
+                raise ValueError(
+                    "likelihood='categorical' does not fit the closure's "
+                    f"loss of outputs of shape {tuple(f.shape)}: it needs "
+                    "logits with the classes on axis 1; use movedim(-1, 1) "
+                    "in the model, or another likelihood"
+                )
+        self._checked = True
+
     def _gradient(self, loss: Tensor, params: list[Tensor]) -> Tensor:
+        return _flat(self._derivative(loss, params))
+
+    def _derivative(self, loss: Tensor, x: list[Tensor]) -> tuple[Tensor, ...]:
         try:
             keep = {"retain_graph": True, "materialize_grads": True}
-            return _flat(torch.autograd.grad(loss, params, **keep))
+            return torch.autograd.grad(loss, x, **keep)
         except RuntimeError as error:
             raise ValueError(
                 "the closure's loss cannot be differentiated; return it as "
@@ -968,7 +1007,7 @@ def hutchpp_trace(
     return Estimate((Q * (A @ Q)).sum() + rest.value, rest.error)
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 1 b277b8b5
+# %% 07_curvature_matrices sec-cm-spectrum 1 2b63a28d
 class Ritz(NamedTuple):
     """What Lanczos learns of a spectrum."""
 
@@ -993,8 +1032,9 @@ def lanczos(
 ) -> Ritz:
     """Eigenvalues from products, the extreme ones first.
 
-    Lanczos with full reorthogonalisation, which needs ``steps`` vectors of
-    memory. It ends early when the Krylov space is invariant.
+    Lanczos with full reorthogonalisation. It takes the memory of ``steps``
+    vectors at once. It ends early when the Krylov space is invariant. Two
+    numbers are read back to the host in each step.
 
     Args:
         A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
@@ -1010,7 +1050,8 @@ def lanczos(
         Ritz values and vectors, errors and weights.
 
     Raises:
-        ValueError: ``steps`` below 1, or ``tol`` not positive.
+        ValueError: ``steps`` below 1, ``tol`` not positive, or a ``start``
+            of the wrong shape or without a direction.
 
     Source: Lanczos (1950), doi 10.6028/jres.045.026. Chapter 07,
     eq-cm-lanczos.
@@ -1021,26 +1062,34 @@ def lanczos(
     if start is None:
         start = torch.empty(n, dtype=A.dtype, device=A.device)
         start.normal_(generator=generator)
-    V = [start / start.norm()]
-    alpha, beta = [], []
-    for k in range(1, min(steps, n) + 1):
-        w, basis = A @ V[-1], torch.stack(V)
-        alpha.append(w @ V[-1])
+    length = start.norm()
+    if start.shape != (n,) or not 0 < length < torch.inf:
+        raise ValueError(
+            f"start has shape {tuple(start.shape)} and norm {length:g}; pass "
+            f"a finite vector of shape ({n},) that is not zero"
+        )
+    V = start.new_empty(min(steps, n), n)
+    V[0] = start / length
+    alpha, beta, largest = [], [], 0.0
+    for k in range(1, len(V) + 1):
+        v, seen = V[k - 1], V[:k]
+        w = A @ v
+        alpha.append(w @ v)
         for _ in range(2):  # once is not enough
-            w = w - basis.T @ (basis @ w)
+            w = w - seen.T @ (seen @ w)
         beta.append(w.norm())
-        done = beta[-1] <= 10 * torch.finfo(A.dtype).eps * max(alpha + beta)
-        if k == min(steps, n) or done:
+        largest = max(largest, float(alpha[-1].abs()), float(beta[-1]))
+        if k == len(V) or beta[-1] <= 10 * torch.finfo(A.dtype).eps * largest:
             break
         if top and k >= top:
             theta, S = _tridiagonal(alpha, beta)
             error = (beta[-1] * S[-1].abs())[-top:].max()
             if error <= tol * theta.abs().max():
                 break
-        V.append(w / beta[-1])
+        V[k] = w / beta[-1]
     theta, S = _tridiagonal(alpha, beta)
     errors = beta[-1] * S[-1].abs()
-    return Ritz(theta, torch.stack(V, 1) @ S, errors, S[0].square())
+    return Ritz(theta, V[:k].T @ S, errors, S[0].square())
 
 
 def _tridiagonal(

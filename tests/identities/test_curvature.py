@@ -373,6 +373,7 @@ def test_a_loss_that_is_linear_in_the_outputs_has_no_gauss_newton_part():
         ({"data": []}, ValueError, "data"),
         ({"data": (torch.ones(0, 4), torch.ones(0))}, ValueError, "data"),
         ({"data": [torch.ones(2, 4)]}, ValueError, "data"),
+        ({"data": torch.utils.data.TensorDataset(*batch())}, ValueError, "data"),  # examples, not batches
         ({"params": []}, ValueError, "params"),
         ({"params": [nn.Parameter(torch.ones(2))]}, ValueError, "params"),
     ],
@@ -400,6 +401,10 @@ def test_more_refusals():
     for bad in ("poisson", nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(weight=torch.ones(3))):
         with pytest.raises(ValueError, match="categorical"):
             Fisher(model, bad, (X, y))
+    tokens, labels = torch.randn(2, 5, 4).double(), torch.randint(3, (2, 5))
+    for samples in (None, 1):  # (N, T, C) in place of (N, C, T)
+        with pytest.raises(ValueError, match="axis 1"):
+            Fisher(model, nn.CrossEntropyLoss(), (tokens, labels), samples).to_dense()
     with pytest.raises(ValueError, match="samples=0"):
         Fisher(model, "categorical", (X, y), 0)
     with pytest.raises(TypeError, match="samples"):
@@ -491,6 +496,13 @@ def test_lanczos_stops_in_an_invariant_space():
     assert close(zero.values, torch.zeros(1).double()) and zero.vectors.isfinite().all()
 
 
+def test_lanczos_ends_at_the_scale_of_a_negative_matrix():
+    start = torch.randn(30, generator=torch.Generator().manual_seed(0)).double()
+    A = -torch.diag(torch.arange(1.0, 4.0).double().repeat(10))
+    assert close(lanczos(A, 30, start=start).values, torch.tensor([-3.0, -2.0, -1.0]).double())
+    assert len(lanczos(-torch.eye(30).double() / 3, 30, start=start).values) == 1
+
+
 def test_lanczos_without_ghosts_and_with_an_early_end():
     A = torch.diag(torch.cat([torch.linspace(0, 1, 199), torch.tensor([100.0])]).double())
     assert (lanczos(A, 150, generator=torch.Generator().manual_seed(0)).values > 2).sum() == 1
@@ -521,6 +533,9 @@ def test_estimates_refuse_nonsense():
     ):
         with pytest.raises(ValueError, match="pass a number in"):
             call()
+    for start in (torch.zeros(8), torch.ones(7), torch.full((8,), float("nan"))):
+        with pytest.raises(ValueError, match="start has shape"):
+            lanczos(A, 3, start=start.double())
 
 
 # --- the natural gradient
@@ -687,3 +702,30 @@ def test_natural_gradient_refuses():
     with pytest.raises(ValueError, match="do not call backward"):
         optimizer.step(backward)
     assert not model._forward_hooks
+
+
+def test_natural_gradient_refuses_classes_that_are_not_on_axis_1():
+    """Logits (N, T, C) beside a loss that flattens them: F would be that of T classes, and the loss goes up."""
+    X, y = torch.randn(2, 5, 4).double(), torch.randint(3, (2, 5))
+    last, first = network(), nn.Sequential(network(), nn.Flatten(0, 1))
+    start = copy.deepcopy(last.state_dict())
+    with pytest.raises(ValueError, match=r"\(2, 5, 3\).*axis 1"):
+        NaturalGradient(last).step(lambda: F.cross_entropy(last(X).flatten(0, 1), y.flatten()))
+    with pytest.raises(ValueError, match="another likelihood"):  # regression, with the default likelihood
+        NaturalGradient(last).step(lambda: F.mse_loss(last(X[0]), X[0, :, :3]))
+    assert all(torch.equal(p, start[name]) for name, p in last.state_dict().items())
+    optimizer = NaturalGradient(first)
+    values = [float(optimizer.step(lambda: F.cross_entropy(first(X), y.flatten()))) for _ in range(4)]
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("returned", [None, 1.0, torch.ones(3)], ids=["none", "float", "vector"])
+def test_natural_gradient_refuses_a_closure_without_a_loss(returned):
+    model, (X, _) = network(), batch()
+
+    def closure():
+        model(X)
+        return returned
+
+    with pytest.raises(TypeError, match="return the loss, a scalar tensor"):
+        NaturalGradient(model).step(closure)
