@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 14e0dd85
+# %% head 4f7e2d1a
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -654,7 +654,7 @@ class EmpiricalFisher(OutputCurvature):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-natural 1 77283c7d
+# %% 07_curvature_matrices sec-cm-natural 1 a1db478a
 class NaturalGradient(Optimizer):
     """Natural gradient: steepest descent where distance is KL divergence.
 
@@ -801,10 +801,9 @@ class NaturalGradient(Optimizer):
                 "compute the loss with the model given to NaturalGradient"
             )
         if not isinstance(loss, Tensor) or loss.ndim:
-            shape = getattr(loss, "shape", None)
             raise TypeError(
-                f"the closure returned a {type(loss).__name__} of shape "
-                f"{shape}; return the loss, a scalar tensor"
+                f"the closure returned {loss!r}; return the loss, a scalar "
+                "tensor"
             )
         return loss, outputs
 
