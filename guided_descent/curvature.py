@@ -1,0 +1,1142 @@
+# Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
+# Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
+# %% head 4f7e2d1a
+"""Chapter 07, Curvature matrices."""
+
+__all__ = [
+    "GGN",
+    "LIKELIHOODS",
+    "CurvatureOperator",
+    "EmpiricalFisher",
+    "Estimate",
+    "Fisher",
+    "Hessian",
+    "Jacobian",
+    "Likelihood",
+    "LinearOperator",
+    "NaturalGradient",
+    "OutputCurvature",
+    "Ritz",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "lanczos",
+    "rademacher",
+    "spectral_density",
+]
+
+
+# %% 07_curvature_matrices sec-cm-operator 1 dd5f9cb7
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from guided_descent.core import Optimizer, Options, check_choice, check_range
+
+
+# %% 07_curvature_matrices sec-cm-operator 2 fb0aa22d
+class LinearOperator(ABC):
+    """A symmetric matrix that is known by its products alone.
+
+    ``A @ V`` works for a vector ``(P,)`` and for columns ``(P, K)``. A
+    subclass says what the matrix is a sum of, in ``_terms``.
+
+    Attributes:
+        shape: ``(P, P)``.
+        dtype, device: Of the vectors it multiplies.
+        chunk_size: How many columns are multiplied at once; more are
+            faster and take more memory. Default 32.
+
+    Source: chapter 07, "A matrix that is never written down".
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    chunk_size: int = 32
+
+    @abstractmethod
+    def _terms(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Functions of a vector ``(P,)``, whose sum is the product."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """``A v`` for a vector of shape ``(P,)``."""
+        self._check(v, 1)
+        return sum(term(v) for term in self._terms())
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """``A V`` for columns of shape ``(P, K)``, by ``torch.vmap``."""
+        self._check(V, 2)
+        if not V.shape[1]:
+            return V.clone()
+        rows, size = V.T.contiguous(), self.chunk_size
+        every = (torch.vmap(f, chunk_size=size)(rows) for f in self._terms())
+        return sum(every).T
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        return self.matvec(V) if V.ndim == 1 else self.matmat(V)
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself, ``(P, P)``: P products."""
+        return self.matmat(torch.eye(len(self), **self._like))
+
+    def diagonal(self) -> Tensor:
+        """The exact diagonal, ``(P,)``: P products, in small memory."""
+        parts, n, k = [], len(self), self.chunk_size
+        for start in range(0, n, k):
+            E = torch.zeros(n, min(k, n - start), **self._like)
+            E.diagonal(-start).fill_(1)
+            parts.append((self @ E).diagonal(-start))
+        return torch.cat(parts)
+
+    def trace(self) -> Tensor:
+        """The exact trace: P products."""
+        return self.diagonal().sum()
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator`` of the same products.
+
+        Raises:
+            ImportError: SciPy is not installed.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator as Scipy
+        except ImportError:
+            raise ImportError(
+                "to_scipy() needs SciPy: pip install scipy"
+            ) from None
+
+        def product(V: Any) -> Any:
+            V = torch.as_tensor(V.copy()).to(**self._like)
+            return (self @ V).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        same = {"matvec": product, "rmatvec": product}
+        return Scipy(self.shape, **same, matmat=product, dtype=dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def _like(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "device": self.device}
+
+    def _check(self, V: Tensor, ndim: int) -> None:
+        if V.ndim != ndim or len(V) != len(self):
+            raise ValueError(
+                f"an operand of shape {tuple(V.shape)} does not fit an "
+                f"operator of shape {self.shape}; pass ({len(self)},) or "
+                f"({len(self)}, K)"
+            )
+        if V.dtype != self.dtype:
+            raise TypeError(
+                f"an operand of {V.dtype} does not fit an operator of "
+                f"{self.dtype}; convert it with .to({self.dtype})"
+            )
+
+
+# %% 07_curvature_matrices sec-cm-operator 3 7ef63379
+class CurvatureOperator(LinearOperator):
+    """A curvature matrix of a model's loss on data, at one point.
+
+    Parameters are counted in the order of ``params``, each flattened row
+    by row (row-major), so a linear layer's block is B ⊗ A with B on the
+    output side and A on the input side. The matrix belongs to the mean
+    over all examples, ``Σ_b (n_b / n) · loss(batch b)``; with
+    ``loss.reduction == "sum"``, to the sum.
+
+    The point is a copy of the model's parameters and buffers as they are
+    now: training on changes nothing here, and nothing here changes the
+    model (its gradients, buffers and mode; its forward hooks do run). With
+    dropout, call ``model.eval()`` first: it would draw anew at every
+    evaluation, and without a cache no two products had the same matrix.
+
+    Args:
+        model: Maps inputs to a tensor of outputs, examples first.
+        loss: ``loss(outputs, targets)``, a scalar: the mean over the
+            examples of a batch.
+        data: One batch ``(inputs, targets)``, or an iterable of them. They
+            are held; examples are counted by ``len(targets)``.
+        params: Some of the model's parameters. Default: all that are not
+            frozen. Tied ones count once.
+        cache: Keep every batch's graph from one product to the next, which
+            saves the forward pass and takes its memory; the model is then
+            evaluated once per batch. Default: if there is one batch.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``loss`` cannot be called.
+        ValueError: No data, no parameters, one that is not the model's,
+            or different dtypes; at the first product, a loss that is not a
+            scalar or outputs that do not depend on the parameters.
+
+    Source: Schraudolph (2002), doi 10.1162/08997660260028683. Chapter 07.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Tensor, Any], Tensor],
+        data: Any,
+        *,
+        params: Iterable[nn.Parameter] | None = None,
+        cache: bool | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r} is no module; pass an nn.Module")
+        if not callable(loss):
+            raise TypeError(
+                f"loss={loss!r} cannot be called; pass loss(outputs, targets)"
+            )
+        self.model, self.loss = model, loss
+        self.data = _batches(data)
+        self._examples = sum(len(y) for _, y in self.data)
+        self._mean = getattr(loss, "reduction", "mean") != "sum"
+        one = len(self.data) == 1
+        self._cache = {} if (one if cache is None else cache) else None
+        self._point, self._params = _snapshot(model, params)
+        first = self._params[0]
+        self.dtype, self.device = first.dtype, first.device
+        self._sizes = [p.numel() for p in self._params]
+        self.shape = (sum(self._sizes),) * 2
+
+    def split(self, v: Tensor) -> list[Tensor]:
+        """A vector ``(P,)`` as tensors of the parameters' shapes."""
+        parts = v.split(self._sizes)
+        return [x.view_as(p) for x, p in zip(parts, self._params, strict=True)]
+
+    def join(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Tensors of the parameters' shapes as one vector ``(P,)``."""
+        return torch.cat([x.reshape(-1) for x in tensors])
+
+    def __matmul__(self, V: Tensor | list[Tensor]) -> Any:
+        """``A @ V``; a list shaped as the parameters gives such a list."""
+        if isinstance(V, Tensor):
+            return super().__matmul__(V)
+        return self.split(self.matvec(self.join(V)))
+
+    def _terms(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        for i, (X, y) in enumerate(self.data):
+            if self._cache is None:
+                yield self._term(i, X, y)
+            else:
+                if i not in self._cache:
+                    self._cache[i] = self._term(i, X, y)
+                yield self._cache[i]
+
+    @abstractmethod
+    def _term(self, i: int, X: Any, y: Any) -> Callable[[Tensor], Tensor]:
+        """The product with the part of batch ``i``."""
+
+    def _share(self, y: Any) -> float:
+        """The weight of a batch's loss in the whole."""
+        return len(y) / self._examples if self._mean else 1.0
+
+    def _outputs(self, X: Any) -> Tensor:
+        """The model at the point, with a graph."""
+        point = {n: x.clone() if b else x for n, (x, b) in self._point.items()}
+        return _evaluate(self.model, point, X)
+
+    def _scalar(self, f: Tensor, y: Any) -> Tensor:
+        value = self.loss(f, y)
+        if value.ndim:
+            raise ValueError(
+                f"loss returned shape {tuple(value.shape)}; return a scalar, "
+                "the mean over the batch"
+            )
+        return value
+
+
+def _evaluate(model: nn.Module, point: dict[str, Tensor], X: Any) -> Tensor:
+    # Only this attention kernel can be differentiated twice.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        return torch.func.functional_call(model, point, (X,))
+
+
+def _batches(data: Any) -> list[tuple[Any, Tensor]]:
+    """One batch or many, as a list of pairs."""
+
+    def is_batch(x: Any) -> bool:
+        pair = isinstance(x, tuple | list) and len(x) == 2
+        return pair and isinstance(x[1], Tensor) and x[1].ndim > 0
+
+    batches = [data] if is_batch(data) else list(data)
+    if not batches or not all(is_batch(x) and len(x[1]) for x in batches):
+        raise ValueError(
+            "data holds no batch, an empty one, or something else; pass "
+            "(inputs, targets) or an iterable of such pairs"
+        )
+    return [(X, y) for X, y in batches]
+
+
+def _snapshot(
+    model: nn.Module, params: Iterable[nn.Parameter] | None
+) -> tuple[dict[str, tuple[Tensor, bool]], list[Tensor]]:
+    """All tensors of a model by name, and the chosen parameters, copied."""
+    named = dict(model.named_parameters())
+    known = {id(p): name for name, p in named.items()}
+    free = [p for p in named.values() if p.requires_grad]
+    chosen = free if params is None else list(params)
+    chosen = list({id(p): p for p in chosen}.values())
+    if not chosen or any(id(p) not in known for p in chosen):
+        raise ValueError(
+            f"params holds {len(chosen)} tensors, none or one that is not a "
+            "parameter of the model; pass some of model.parameters()"
+        )
+    if len(kinds := {p.dtype for p in chosen}) > 1:
+        raise ValueError(
+            f"params have dtypes {sorted(map(str, kinds))}; "
+            "convert the model to one, or pass those of one dtype"
+        )
+    point = {name: (p.detach().clone(), False) for name, p in named.items()}
+    for name, buffer in model.named_buffers():
+        point[name] = buffer.detach().clone(), True
+    mine = [point[known[id(p)]][0].requires_grad_() for p in chosen]
+    return point, mine
+
+
+# %% 07_curvature_matrices sec-cm-operator 4 18d7d336
+def _gradient(L: Tensor, x: list[Tensor]) -> tuple[Tensor, ...]:
+    """The gradient of a scalar, which can be differentiated once more."""
+    graph = {"create_graph": True, "materialize_grads": True}
+    return torch.autograd.grad(L, x, **graph)
+
+
+def _pull(
+    y: Iterable[Tensor], x: list[Tensor], u: Iterable[Tensor]
+) -> tuple[Tensor, ...]:
+    """``(∂y/∂x)ᵀ u``, where some of y may be constants."""
+    pairs = [(a, b) for a, b in zip(y, u, strict=True) if a.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(a) for a in x)
+    y, u = zip(*pairs, strict=True)
+    keep = {"retain_graph": True, "materialize_grads": True}
+    return torch.autograd.grad(y, x, u, **keep)
+
+
+# %% 07_curvature_matrices sec-cm-operator 5 0ff6ece0
+class Hessian(CurvatureOperator):
+    """The Hessian of the loss, ``∇² L``.
+
+    Args:
+        model, loss, data, params, cache: See ``CurvatureOperator``.
+
+    Raises:
+        TypeError, ValueError: See ``CurvatureOperator``.
+
+    Source: Pearlmutter (1994), doi 10.1162/neco.1994.6.1.147. Chapter 07,
+    eq-cm-hvp.
+    """
+
+    def _term(self, i: int, X: Any, y: Any) -> Callable[[Tensor], Tensor]:
+        with torch.enable_grad():
+            L = self._share(y) * self._scalar(self._outputs(X), y)
+            slope = _gradient(L, self._params)
+
+        def product(v: Tensor) -> Tensor:
+            return self.join(_pull(slope, self._params, self.split(v)))
+
+        return product
+
+
+# %% 07_curvature_matrices sec-cm-ggn 1 e3faec30
+class Jacobian:
+    """The Jacobian J of outputs in parameters, as two products.
+
+    The outputs' graph is used again and again: neither product evaluates
+    the model. ``Jᵀu`` is a backward pass. It is linear in u, so a backward
+    pass through *it*, from v to u, is ``J v``.
+
+    Args:
+        f: Outputs with a graph, of any shape.
+        params: The parameters, leaves of that graph.
+
+    Raises:
+        ValueError: The outputs do not depend on the parameters.
+
+    Source: chapter 07, eq-cm-jvp.
+    """
+
+    def __init__(self, f: Tensor, params: list[Tensor]) -> None:
+        if not f.requires_grad:
+            raise ValueError(
+                "the outputs do not depend on the parameters, or were "
+                "computed without gradients; leave no_grad and detach out"
+            )
+        self.f, self.params = f, params
+        self.u = torch.zeros_like(f, requires_grad=True)
+        graph = {"create_graph": True, "materialize_grads": True}
+        self.JTu = torch.autograd.grad(f, params, self.u, **graph)
+
+    def jvp(self, v: Iterable[Tensor]) -> Tensor:
+        """``J v``, in the shape of the outputs."""
+        return _pull(self.JTu, [self.u], v)[0]
+
+    def vjp(self, u: Tensor) -> tuple[Tensor, ...]:
+        """``Jᵀ u``, in the shapes of the parameters."""
+        return _pull([self.f], self.params, [u])
+
+
+# %% 07_curvature_matrices sec-cm-ggn 2 bfa69303
+class OutputCurvature(CurvatureOperator):
+    """A curvature matrix ``Jᵀ B J``: B acts on the model's outputs.
+
+    The product is a walk: to the outputs, ``J v``; through B, which knows
+    the loss but no parameters; and back.
+
+    Args:
+        model, loss, data, params, cache: See ``CurvatureOperator``.
+
+    Raises:
+        TypeError, ValueError: See ``CurvatureOperator``.
+
+    Source: Schraudolph (2002), doi 10.1162/08997660260028683. Chapter 07,
+    eq-cm-split.
+    """
+
+    def _term(self, i: int, X: Any, y: Any) -> Callable[[Tensor], Tensor]:
+        with torch.enable_grad():
+            J = Jacobian(self._rows(self._outputs(X)), self._params)
+        B = self._middle(i, J.f.detach(), y)
+
+        def product(v: Tensor) -> Tensor:
+            return self.join(J.vjp(B(J.jvp(self.split(v)))))
+
+        return product
+
+    def _rows(self, f: Tensor) -> Tensor:
+        """The outputs in the shape that ``_middle`` wants."""
+        return f
+
+    @abstractmethod
+    def _middle(
+        self, i: int, f: Tensor, y: Any
+    ) -> Callable[[Tensor], Tensor]:
+        """``u → B u`` for batch ``i`` with outputs ``f``."""
+
+
+# %% 07_curvature_matrices sec-cm-ggn 3 b1d07dd8
+class GGN(OutputCurvature):
+    """The generalised Gauss–Newton matrix, ``Jᵀ (∇²_f L) J``.
+
+    What is left of the Hessian when the model is replaced by its tangent:
+    positive semi-definite whenever the loss is convex in the outputs.
+
+    Args:
+        model, loss, data, params, cache: See ``CurvatureOperator``.
+
+    Raises:
+        TypeError, ValueError: See ``CurvatureOperator``.
+
+    Source: Schraudolph (2002), doi 10.1162/08997660260028683. Chapter 07,
+    eq-cm-split.
+    """
+
+    def _middle(
+        self, i: int, f: Tensor, y: Any
+    ) -> Callable[[Tensor], Tensor]:
+        f.requires_grad_()
+        with torch.enable_grad():
+            slope = _gradient(self._share(y) * self._scalar(f, y), [f])
+        return lambda u: _pull(slope, [f], [u])[0]
+
+
+# %% 07_curvature_matrices sec-cm-fisher 1 962af202
+class Likelihood(NamedTuple):
+    """What the outputs say about the targets: p(y | f), and its noise.
+
+    ``"categorical"``: cross-entropy of logits. ``"gaussian"``:
+    ``½‖f − y‖²``, unit variance. ``"bernoulli"``: binary cross-entropy of
+    logits, summed over outputs.
+
+    Source: Martens (2020), arXiv 1412.1193. Chapter 07, eq-cm-fisher.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """``−log p(targets | f)`` without constants, mean over examples."""
+    axis: int
+    """Where one example's outputs lie; the other axes count examples."""
+    fisher: Callable[[Tensor], Callable[[Tensor], Tensor]]
+    """For rows of outputs, the exact product with ``E[s sᵀ]``."""
+    score: Callable[[Tensor, torch.Generator | None], Tensor]
+    """For rows of outputs, ``s = −∇_f log p(y | f)`` with y drawn."""
+
+    def rows(self, f: Tensor) -> Tensor:
+        """Outputs as (examples, outputs of one example)."""
+        if f.ndim < 2:
+            return f.reshape(-1, 1)
+        return f.movedim(self.axis, -1).flatten(0, -2)
+
+
+def _categorical_fisher(f: Tensor) -> Callable[[Tensor], Tensor]:
+    p = f.softmax(-1)
+    return lambda u: p * (u - (p * u).sum(-1, keepdim=True))
+
+
+def _categorical_score(f: Tensor, g: torch.Generator | None) -> Tensor:
+    p = f.softmax(-1)
+    drawn = p.multinomial(1, generator=g)
+    return p.scatter_add(-1, drawn, -torch.ones_like(drawn, dtype=p.dtype))
+
+
+def _gaussian_loss(f: Tensor, y: Tensor) -> Tensor:
+    return (f - y).square().sum() / (2 * max(1, f[..., :1].numel()))
+
+
+def _gaussian_score(f: Tensor, g: torch.Generator | None) -> Tensor:
+    return torch.empty_like(f).normal_(generator=g)
+
+
+def _bernoulli_loss(f: Tensor, y: Tensor) -> Tensor:
+    bce = nn.functional.binary_cross_entropy_with_logits
+    return bce(f, y, reduction="sum") / max(1, f[..., :1].numel())
+
+
+def _bernoulli_fisher(f: Tensor) -> Callable[[Tensor], Tensor]:
+    p = f.sigmoid()
+    return lambda u: p * (1 - p) * u
+
+
+def _bernoulli_score(f: Tensor, g: torch.Generator | None) -> Tensor:
+    p = f.sigmoid()
+    return p - p.bernoulli(generator=g)
+
+
+#: The likelihoods behind the usual losses.
+LIKELIHOODS: dict[str, Likelihood] = {
+    "categorical": Likelihood(
+        nn.functional.cross_entropy,
+        1,
+        _categorical_fisher,
+        _categorical_score,
+    ),
+    "gaussian": Likelihood(
+        _gaussian_loss, -1, lambda f: lambda u: u, _gaussian_score
+    ),
+    "bernoulli": Likelihood(
+        _bernoulli_loss, -1, _bernoulli_fisher, _bernoulli_score
+    ),
+}
+
+
+def _likelihood_of(loss: Any) -> tuple[Likelihood, float, bool]:
+    """A loss module's likelihood, a factor, and whether it divides by C."""
+    mean = getattr(loss, "reduction", None) == "mean"
+    plain = getattr(loss, "weight", None) is None
+    plain &= getattr(loss, "pos_weight", None) is None
+    plain &= not getattr(loss, "label_smoothing", 0)
+    if plain and type(loss) is nn.CrossEntropyLoss:
+        return LIKELIHOODS["categorical"], 1.0, False
+    if type(loss) is nn.MSELoss:  # 2/C times ½‖f − y‖²
+        return LIKELIHOODS["gaussian"], 2.0, mean
+    if plain and type(loss) is nn.BCEWithLogitsLoss:
+        return LIKELIHOODS["bernoulli"], 1.0, mean
+    check_choice("likelihood", loss, LIKELIHOODS)
+    return LIKELIHOODS[loss], 1.0, False
+
+
+# %% 07_curvature_matrices sec-cm-fisher 2 1a9f9981
+class Fisher(OutputCurvature):
+    """The Fisher information, ``E_y[∇log p · ∇log pᵀ]``, y from the model.
+
+    ``B = E[s sᵀ]`` in each example, with ``s = −∇_f log p(y | f)``: exactly
+    (type-2), or as a mean over drawn labels (Monte Carlo). The targets of
+    the data are not looked at, but for their number; those that a loss
+    would ignore (``ignore_index``) count like all others.
+
+    Args:
+        model, data, params, cache: See ``CurvatureOperator``.
+        likelihood: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``
+            (see ``Likelihood``, the mean over examples); or
+            ``nn.CrossEntropyLoss``, ``nn.MSELoss`` or
+            ``nn.BCEWithLogitsLoss``, whose scale is then kept: with C
+            outputs, MSE's "mean" is 2/C times the Gaussian, binary
+            cross-entropy's 1/C times the Bernoulli.
+        samples: Labels drawn for each example, once for all products; at
+            least 1. Default ``None``: the exact expectation.
+        generator: For the draws, on the model's device. Default: torch's.
+
+    Raises:
+        TypeError: See ``CurvatureOperator``; ``samples`` is no integer.
+        ValueError: See ``CurvatureOperator``; an unknown likelihood, or a
+            loss with class weights or smoothing; ``samples`` below 1; at
+            the first product, classes that are not on axis 1.
+
+    Source: Amari (1998), doi 10.1162/089976698300017746; Martens (2020),
+    arXiv 1412.1193. Chapter 07, eq-cm-fisher.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Any,
+        data: Any,
+        samples: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        params: Iterable[nn.Parameter] | None = None,
+        cache: bool | None = None,
+    ) -> None:
+        if samples is not None and not isinstance(samples, int):
+            raise TypeError(
+                f"samples={samples!r} is no integer; pass 1 or more, or None"
+            )
+        if samples is not None and samples < 1:
+            raise ValueError(f"samples={samples} is below 1; pass 1 or more")
+        self.likelihood, *self._scale = _likelihood_of(likelihood)
+        loss = likelihood if callable(likelihood) else self.likelihood.loss
+        super().__init__(model, loss, data, params=params, cache=cache)
+        self.samples, self.generator = samples, generator
+        self._drawn: dict[int, list[Tensor]] = {}
+
+    def _rows(self, f: Tensor) -> Tensor:
+        return self.likelihood.rows(f)
+
+    def _middle(
+        self, i: int, f: Tensor, y: Any
+    ) -> Callable[[Tensor], Tensor]:
+        factor, per_output = self._scale
+        labels = self.likelihood is LIKELIHOODS["categorical"]
+        if labels and not y.is_floating_point() and y.numel() != len(f):
+            raise ValueError(
+                f"{y.numel()} targets do not fit {len(f)} predictions of "
+                f"{f.shape[1]} classes; the model's outputs need the classes "
+                "on axis 1: use movedim(-1, 1), or flatten the other axes"
+            )
+        c = factor * self._share(y) / (len(f) if self._mean else 1)
+        c = c / f.shape[-1] if per_output else c
+        if self.samples is None:
+            exact = self.likelihood.fisher(f)
+            return lambda u: c * exact(u)
+        if i not in self._drawn:
+            draw = partial(self.likelihood.score, f, self.generator)
+            self._drawn[i] = [draw() for _ in range(self.samples)]
+        s = torch.stack(self._drawn[i])  # (samples, examples, outputs)
+        c = c / self.samples
+        return lambda u: c * (s * (s * u).sum(-1, keepdim=True)).sum(0)
+
+
+# %% 07_curvature_matrices sec-cm-empirical 1 c444eb6d
+class EmpiricalFisher(OutputCurvature):
+    """``(1/n) Σ gᵢ gᵢᵀ`` of the gradients on the data's own targets.
+
+    An example is what lies at one index of the outputs' first axis, and
+    its loss must depend on its own outputs alone. Gradients are those of
+    the loss as it is scaled.
+
+    Args:
+        model, loss, data, params, cache: See ``CurvatureOperator``.
+
+    Raises:
+        TypeError, ValueError: See ``CurvatureOperator``.
+
+    Source: Kunstner et al. (2019), arXiv 1905.12558. Chapter 07,
+    eq-cm-empirical-ls.
+    """
+
+    def _middle(
+        self, i: int, f: Tensor, y: Any
+    ) -> Callable[[Tensor], Tensor]:
+        f.requires_grad_()
+        with torch.enable_grad():
+            (s,) = torch.autograd.grad(self._scalar(f, y), f)
+        s = s.flatten(1) if f.ndim > 1 else s[:, None]
+        c = self._share(y) * len(f) if self._mean else 1.0
+
+        def product(u: Tensor) -> Tensor:
+            inner = (s * u.reshape(s.shape)).sum(-1, keepdim=True)
+            return (c * s * inner).reshape(u.shape)
+
+        return product
+
+
+# %% 07_curvature_matrices sec-cm-natural 1 a1db478a
+class NaturalGradient(Optimizer):
+    """Natural gradient: steepest descent where distance is KL divergence.
+
+    With F the Fisher matrix on the closure's batch and g its gradient::
+
+        Δ ← −lr · (F + damping · I)⁻¹ g        (conjugate gradients)
+        x ← x + min(1, √(max_kl / ½ΔᵀF Δ)) · Δ  (trust region)
+
+    F is exact (type-2) and never formed: a product costs about two
+    backward passes. With a Gaussian this is Gauss–Newton.
+
+    Args:
+        model: The network; the parameters that are not frozen are trained.
+        likelihood: What its outputs mean: ``"categorical"`` (logits, classes
+            on axis 1), ``"gaussian"`` (unit variance) or ``"bernoulli"``
+            (logits). The loss should be that of ``LIKELIHOODS``, the mean
+            over the batch; a multiple of it multiplies lr (``nn.MSELoss``
+            of C outputs: 2/C). Ignored targets count in F.
+        lr: Share η of the step that is taken, in [0, ∞). Default 1.
+        damping: λ, in the units of F, in [0, ∞). Default 0.01.
+        max_kl: Largest KL divergence that a step may cause, by its second
+            order, in nats an example, in (0, ∞]. Default 0.1.
+        iterations: Most products a step, at least 1. Default 50.
+        tol: Conjugate gradients stop when the residual has this share of
+            the gradient's norm, in [0, 1). Default 0.01.
+        **options: ``maximize`` and ``nonfinite``, see ``Options``.
+
+    Its closure returns the loss and does not call ``backward``. The model's
+    outputs are taken from a forward hook while the closure runs; several
+    calls count as one batch. ``.grad`` is neither read nor written. Each
+    iteration of conjugate gradients reads two numbers back to the host.
+
+    Raises:
+        TypeError: ``model`` is no module; no closure, or one that does not
+            return a scalar tensor; outputs that are not one tensor.
+        ValueError: An argument outside its range; a closure that calls
+            ``backward``, or not the model; at the first step, a loss that
+            is no loss of classes on axis 1, for ``"categorical"``.
+        FloatingPointError: See ``Options``.
+
+    Source: Amari (1998), doi 10.1162/089976698300017746; Martens (2010),
+    ICML. Chapter 07, eq-cm-natural-step.
+    """
+
+    engines = ("auto", "loop")
+    needs_closure = True
+    differentiates = True
+    _checked = False
+    ranges = {
+        "damping": "[0, inf)",
+        "max_kl": "(0, inf]",
+        "iterations": "[1, inf)",
+        "tol": "[0, 1)",
+    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str = "categorical",
+        lr: float | Tensor = 1.0,
+        damping: float = 1e-2,
+        max_kl: float = 0.1,
+        iterations: int = 50,
+        tol: float = 0.01,
+        **options: Unpack[Options],
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r} is no module; pass an nn.Module")
+        defaults = {
+            "lr": lr,
+            "likelihood": likelihood,
+            "damping": damping,
+            "max_kl": max_kl,
+            "iterations": iterations,
+            "tol": tol,
+        }
+        free = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(free, defaults, **options)
+        self.model = model
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("likelihood", group["likelihood"], LIKELIHOODS)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+        """Take one step.
+
+        Args:
+            closure: Computes the loss with the model and returns it. It
+                does not call ``backward``.
+
+        Returns:
+            The loss before the step.
+        """
+        h = self.param_groups[0]
+        loss, outputs = self._evaluate(closure)
+        if h["likelihood"] == "categorical" and not self._checked:
+            self._check_classes(loss, outputs)
+        pairs = [(x, p) for x in self.param_groups for p in x["params"]]
+        pairs = [(group, p) for group, p in pairs if p.requires_grad]
+        params = [p for _, p in pairs]
+        g = self._gradient(loss, params)
+        with torch.no_grad():
+            finite = h["nonfinite"] == "propagate" or self._is_finite(g, h)
+            if not finite:
+                return loss.detach()
+            F = self._fisher(outputs, params, LIKELIHOODS[h["likelihood"]])
+            damped = partial(_damped, F, h["damping"])
+            d = _conjugate_gradients(damped, g, h["iterations"], h["tol"])
+            steps = zip(pairs, _like(d, params), strict=True)
+            step = [group["lr"] * x for (group, _), x in steps]
+            whole = _flat(step)
+            kl = (whole @ F(whole) / 2).clamp(min=0)
+            nu = (h["max_kl"] / kl).sqrt().clamp(max=1)
+            for (group, p), x in zip(pairs, step, strict=True):
+                sign = 1 if group["maximize"] else -1
+                p.add_((sign * nu * x).to(p.dtype))
+        return loss.detach()
+
+    def _evaluate(self, closure: Any) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and the model's outputs on the way to it."""
+        if closure is None:
+            raise TypeError("NaturalGradient needs step(closure)")
+        outputs: list[Any] = []
+
+        def keep(module: nn.Module, args: Any, f: Any) -> None:
+            if not isinstance(f, Tensor):
+                raise TypeError(
+                    f"the model returned a {type(f).__name__}; "
+                    "NaturalGradient needs one tensor of outputs"
+                )
+            if f.requires_grad:
+                outputs.append(f)
+
+        hook = self.model.register_forward_hook(keep)
+        try:  # only this attention kernel can be differentiated twice
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                loss = closure()
+        finally:
+            hook.remove()
+        if not outputs:
+            raise ValueError(
+                "the closure did not call the model with gradients on; "
+                "compute the loss with the model given to NaturalGradient"
+            )
+        if not isinstance(loss, Tensor) or loss.ndim:
+            raise TypeError(
+                f"the closure returned {loss!r}; return the loss, a scalar "
+                "tensor"
+            )
+        return loss, outputs
+
+    def _check_classes(self, loss: Tensor, outputs: list[Tensor]) -> None:
+        """A loss of softmax(f) does not feel a shift of f: Σ ∂L/∂f = 0."""
+        for f, s in zip(outputs, self._derivative(loss, outputs), strict=True):
+            if f.ndim > 1 and s.sum(1).abs().sum() > 0.1 * s.abs().sum():
+                raise ValueError(
+                    "likelihood='categorical' does not fit the closure's "
+                    f"loss of outputs of shape {tuple(f.shape)}: it needs "
+                    "logits with the classes on axis 1; use movedim(-1, 1) "
+                    "in the model, or another likelihood"
+                )
+        self._checked = True
+
+    def _gradient(self, loss: Tensor, params: list[Tensor]) -> Tensor:
+        return _flat(self._derivative(loss, params))
+
+    def _derivative(self, loss: Tensor, x: list[Tensor]) -> tuple[Tensor, ...]:
+        try:
+            keep = {"retain_graph": True, "materialize_grads": True}
+            return torch.autograd.grad(loss, x, **keep)
+        except RuntimeError as error:
+            raise ValueError(
+                "the closure's loss cannot be differentiated; return it as "
+                "computed, and do not call backward in the closure"
+            ) from error
+
+    def _is_finite(self, g: Tensor, h: dict[str, Any]) -> bool:
+        """Whether the step may be taken; otherwise count it, or raise."""
+        if g.isfinite().all():
+            return True
+        if h["nonfinite"] == "raise":
+            raise FloatingPointError(
+                "the gradient is not finite and nonfinite='raise'; "
+                "raise the damping, or use nonfinite='skip'"
+            )
+        one = torch.ones((), dtype=torch.long, device=g.device)
+        self.skipped = one if self.skipped is None else self.skipped + one
+        return False
+
+    def _fisher(
+        self, outputs: list[Tensor], params: list[Tensor], kind: Likelihood
+    ) -> Callable[[Tensor], Tensor]:
+        """``v → F v`` on the outputs of the closure's calls."""
+        with torch.enable_grad():
+            rows = [kind.rows(f) for f in outputs]
+        parts = [(Jacobian(f, params), kind.fisher(f.detach())) for f in rows]
+        n = sum(len(f) for f in rows)
+
+        def product(v: Tensor) -> Tensor:
+            vs = _like(v, params)
+            return sum(_flat(J.vjp(B(J.jvp(vs)))) for J, B in parts) / n
+
+        return product
+
+
+def _damped(
+    F: Callable[[Tensor], Tensor], damping: float, v: Tensor
+) -> Tensor:
+    return F(v) + damping * v
+
+
+def _conjugate_gradients(
+    A: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tol: float
+) -> Tensor:
+    """An approximate solution of ``A x = b``."""
+    x, r = 0 * b, b  # zero, or NaN where b is not finite
+    p, rr = r, r @ r
+    goal = tol**2 * rr
+    for _ in range(int(iterations)):
+        if rr <= goal:
+            break
+        Ap = A(p)
+        if (bend := p @ Ap) <= 0:  # singular, and only rounding is left
+            break
+        alpha = rr / bend
+        x, r = x + alpha * p, r - alpha * Ap
+        rr, before = r @ r, rr
+        p = r + rr / before * p
+    return x
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    """One vector, in single precision at least."""
+    v = torch.cat([x.detach().reshape(-1) for x in tensors])
+    return v.to(torch.promote_types(v.dtype, torch.float32))
+
+
+def _like(v: Tensor, params: list[Tensor]) -> list[Tensor]:
+    """A vector as tensors of the parameters' shapes and types."""
+    parts = v.split([p.numel() for p in params])
+    pairs = zip(parts, params, strict=True)
+    return [x.view(p.shape).to(p.dtype) for x, p in pairs]
+
+
+# %% 07_curvature_matrices sec-cm-trace 1 9a367762
+class Estimate(NamedTuple):
+    """A random estimate and its standard error."""
+
+    value: Tensor
+    """The estimate."""
+    error: Tensor
+    """One standard deviation of it, estimated from the probes."""
+
+
+def rademacher(
+    A: Any, samples: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Random signs, −1 or 1 with probability one half.
+
+    Args:
+        A: The matrix that they will probe, ``(P, P)``: a ``LinearOperator``
+            or a tensor. They have its dtype and device.
+        samples: Number of columns.
+        generator: On the matrix's device. Default: torch's.
+
+    Returns:
+        Columns ``(P, samples)``.
+
+    Source: Hutchinson (1989), doi 10.1080/03610918908812806. Chapter 07,
+    eq-cm-hutchinson.
+    """
+    bits = torch.empty(A.shape[0], samples, dtype=A.dtype, device=A.device)
+    return bits.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+
+def hutchinson_trace(
+    A: Any, samples: int = 100, *, generator: torch.Generator | None = None
+) -> Estimate:
+    """The trace as the mean of ``zᵀA z`` over random signs z.
+
+    Args:
+        A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
+        samples: Number of probes, each one product; at least 2.
+        generator: On the matrix's device. Default: torch's.
+
+    Raises:
+        ValueError: ``samples`` below 2.
+
+    Source: Hutchinson (1989), doi 10.1080/03610918908812806. Chapter 07,
+    eq-cm-hutchinson.
+    """
+    check_range("samples", samples, "[2, inf)")
+    Z = rademacher(A, samples, generator)
+    return _mean((Z * (A @ Z)).sum(0))
+
+
+def hutchinson_diagonal(
+    A: Any, samples: int = 100, *, generator: torch.Generator | None = None
+) -> Estimate:
+    """The diagonal as the mean of ``z ∘ A z`` over random signs z.
+
+    Args:
+        A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
+        samples: Number of probes, each one product; at least 2.
+        generator: On the matrix's device. Default: torch's.
+
+    Raises:
+        ValueError: ``samples`` below 2.
+
+    Source: Bekas et al. (2007), doi 10.1016/j.apnum.2007.01.003. Chapter
+    07, eq-cm-diagonal.
+    """
+    check_range("samples", samples, "[2, inf)")
+    Z = rademacher(A, samples, generator)
+    return _mean(Z * (A @ Z))
+
+
+def _mean(x: Tensor) -> Estimate:
+    return Estimate(x.mean(-1), x.std(-1) / x.shape[-1] ** 0.5)
+
+
+# %% 07_curvature_matrices sec-cm-trace 2 da956180
+def hutchpp_trace(
+    A: Any, products: int = 99, *, generator: torch.Generator | None = None
+) -> Estimate:
+    """The trace by Hutch++: exactly on a random subspace, probed beside it.
+
+    A third of the products finds the range of A, a third its trace there,
+    and a third probes what is left. Exact if A has no larger rank.
+
+    Args:
+        A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
+        products: Number of products with A, at least 6.
+        generator: On the matrix's device. Default: torch's.
+
+    Raises:
+        ValueError: ``products`` below 6.
+
+    Source: Meyer et al. (2021), arXiv 2010.09649. Chapter 07,
+    eq-cm-hutchpp.
+    """
+    check_range("products", products, "[6, inf)")
+    k = products // 3
+    Q, _ = torch.linalg.qr(A @ rademacher(A, k, generator))
+    Z = rademacher(A, products - 2 * k, generator)
+    Z = Z - Q @ (Q.T @ Z)
+    rest = _mean((Z * (A @ Z)).sum(0))
+    return Estimate((Q * (A @ Q)).sum() + rest.value, rest.error)
+
+
+# %% 07_curvature_matrices sec-cm-spectrum 1 2b63a28d
+class Ritz(NamedTuple):
+    """What Lanczos learns of a spectrum."""
+
+    values: Tensor
+    """Ritz values θ, ``(k,)``, ascending."""
+    vectors: Tensor
+    """Ritz vectors, orthonormal columns ``(P, k)``."""
+    errors: Tensor
+    """``‖A y − θ y‖``, ``(k,)``: an eigenvalue is that near."""
+    weights: Tensor
+    """Squared components of the start in the Ritz vectors, ``(k,)``."""
+
+
+def lanczos(
+    A: Any,
+    steps: int,
+    *,
+    start: Tensor | None = None,
+    top: int = 0,
+    tol: float = 1e-6,
+    generator: torch.Generator | None = None,
+) -> Ritz:
+    """Eigenvalues from products, the extreme ones first.
+
+    Lanczos with full reorthogonalisation. It takes the memory of ``steps``
+    vectors at once. It ends early when the Krylov space is invariant. Two
+    numbers are read back to the host in each step.
+
+    Args:
+        A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
+        steps: Number of products, at least 1; more than P are not used.
+        start: First vector ``(P,)``, not zero. Default: a Gaussian one.
+        top: End early when the errors of the ``top`` largest Ritz values
+            are below ``tol`` times the largest absolute one. Default 0:
+            never.
+        tol: See ``top``; in (0, ∞). Default 1e-6.
+        generator: On the matrix's device. Default: torch's.
+
+    Returns:
+        Ritz values and vectors, errors and weights.
+
+    Raises:
+        ValueError: ``steps`` below 1, ``tol`` not positive, or a ``start``
+            of the wrong shape or without a direction.
+
+    Source: Lanczos (1950), doi 10.6028/jres.045.026. Chapter 07,
+    eq-cm-lanczos.
+    """
+    check_range("steps", steps, "[1, inf)")
+    check_range("tol", tol, "(0, inf)")
+    n = A.shape[0]
+    if start is None:
+        start = torch.empty(n, dtype=A.dtype, device=A.device)
+        start.normal_(generator=generator)
+    length = start.norm()
+    if start.shape != (n,) or not 0 < length < torch.inf:
+        raise ValueError(
+            f"start has shape {tuple(start.shape)} and norm {length:g}; pass "
+            f"a finite vector of shape ({n},) that is not zero"
+        )
+    V = start.new_empty(min(steps, n), n)
+    V[0] = start / length
+    alpha, beta, largest = [], [], 0.0
+    for k in range(1, len(V) + 1):
+        v, seen = V[k - 1], V[:k]
+        w = A @ v
+        alpha.append(w @ v)
+        for _ in range(2):  # once is not enough
+            w = w - seen.T @ (seen @ w)
+        beta.append(w.norm())
+        largest = max(largest, float(alpha[-1].abs()), float(beta[-1]))
+        if k == len(V) or beta[-1] <= 10 * torch.finfo(A.dtype).eps * largest:
+            break
+        if top and k >= top:
+            theta, S = _tridiagonal(alpha, beta)
+            error = (beta[-1] * S[-1].abs())[-top:].max()
+            if error <= tol * theta.abs().max():
+                break
+        V[k] = w / beta[-1]
+    theta, S = _tridiagonal(alpha, beta)
+    errors = beta[-1] * S[-1].abs()
+    return Ritz(theta, V[:k].T @ S, errors, S[0].square())
+
+
+def _tridiagonal(
+    alpha: list[Tensor], beta: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    a, b = torch.stack(alpha), torch.stack(beta)[:-1]
+    T = torch.diag(a) + torch.diag(b, 1) + torch.diag(b, -1)
+    return torch.linalg.eigh(T)
+
+
+# %% 07_curvature_matrices sec-cm-spectrum 2 046ebb6e
+def spectral_density(
+    A: Any,
+    grid: Tensor,
+    *,
+    width: float,
+    steps: int = 60,
+    probes: int = 4,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The density of the eigenvalues, each a Gaussian bump.
+
+    The mean over random starts of the Ritz values' weighted bumps
+    (stochastic Lanczos quadrature). It integrates to one.
+
+    Args:
+        A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
+        grid: Where to evaluate it, of any shape.
+        width: Standard deviation of a bump, in units of eigenvalues; in
+            (0, ∞).
+        steps: Lanczos steps for each start. Default 60.
+        probes: Number of starts, at least 1. Default 4.
+        generator: On the matrix's device. Default: torch's.
+
+    Returns:
+        The density, of the grid's shape.
+
+    Raises:
+        ValueError: An argument outside its range.
+
+    Source: Ubaru et al. (2017), doi 10.1137/16M1104974; Ghorbani et al.
+    (2019), arXiv 1901.10159. Chapter 07, eq-cm-quadrature.
+    """
+    check_range("width", width, "(0, inf)")
+    check_range("probes", probes, "[1, inf)")
+    total = torch.zeros_like(grid)
+    for _ in range(probes):
+        ritz = lanczos(A, steps, generator=generator)
+        z = (grid[..., None] - ritz.values.to(grid)) / width
+        total += (-z.square() / 2).exp() @ ritz.weights.to(grid)
+    return total / (probes * width * (2 * torch.pi) ** 0.5)
