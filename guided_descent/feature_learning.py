@@ -1,6 +1,6 @@
 # Generated from chapters/05_anisotropy.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 650f4b56
+# %% head f8fbccbe
 """Chapter 05, Anisotropy."""
 
 __all__ = [
@@ -85,7 +85,7 @@ def subspace_distance(G: Tensor, G_star: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(Q - Q @ S.mT @ S, ord=2)
 
 
-# %% 05_anisotropy sec-aniso-task 3 bb13b774
+# %% 05_anisotropy sec-aniso-task 3 e5d65c21
 class Moments(NamedTuple):
     """All that a squared loss sees of a batch.
 
@@ -119,9 +119,17 @@ def white_moments(
         generator: Source of randomness; torch's global one by default.
         dtype: Of the result. Default float64.
 
+    Returns:
+        ``xx`` of shape ``(*batches, d, d)``, ``yx`` ``(*batches, out, d)``.
+
+    Raises:
+        ValueError: ``n`` is less than 1.
+
     Source: Zhang et al. (2025), arXiv 2502.01763. Chapter 05, "A task
     whose features are known".
     """
+    if n < 1:
+        raise ValueError(f"n={n} examples make no batch; pass 1 or more")
     xx = torch.empty(*batches, d, d, dtype=dtype)
     yx = torch.empty(*batches, out, d, dtype=dtype)
     pairs = zip(xx.view(-1, d, d), yx.view(-1, out, d), strict=True)
@@ -134,7 +142,7 @@ def white_moments(
     return Moments(xx, yx)
 
 
-# %% 05_anisotropy sec-aniso-task 4 eba07164
+# %% 05_anisotropy sec-aniso-task 4 b969a19a
 def log_spaced(
     d: int, kappa: float, *, dtype: torch.dtype = torch.float64
 ) -> Tensor:
@@ -158,7 +166,14 @@ def log_spaced(
 
 
 def covariance_root(spectrum: Tensor, basis: Tensor) -> Tensor:
-    """``Σ^{1/2}`` for eigenvalues ``(d,)`` and eigenvectors ``(…, d, d)``.
+    """``Σ^{1/2} = U diag(√λ) Uᵀ``.
+
+    Args:
+        spectrum: Eigenvalues λ of Σ, not negative, ``(d,)``.
+        basis: Eigenvectors as the columns of U, ``(…, d, d)``.
+
+    Returns:
+        Shape ``(…, d, d)``.
 
     Source: chapter 05, "A task whose features are known".
     """
@@ -218,7 +233,7 @@ def linear_tasks(
     condition numbers.
 
     Args:
-        seeds: How many tasks.
+        seeds: How many tasks, at least 1.
         d, out, k: Length of an input, of an answer; number of features.
             Defaults 100, 15, 8; ``k ≤ min(d, out)``.
         kappa_x: Condition number of the inputs' covariance, in [1, ∞).
@@ -236,6 +251,8 @@ def linear_tasks(
     """
     if not 1 <= k <= min(d, out):
         raise ValueError(f"k={k} features; pass 1 to min(d, out)")
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds} make no task; pass 1 or more")
     check_range("noise", noise, "[0, inf)")
     basis, left, right, true = (
         torch.stack([random_rotation(n, generator) for _ in range(seeds)])
@@ -262,20 +279,24 @@ def transfer_tasks(
         tasks: The tasks that were trained on.
         kappa_x, kappa_f, noise, generator: As in ``linear_tasks``.
 
+    Raises:
+        ValueError: A number out of range.
+
     Source: Zhang et al. (2025), arXiv 2502.01763. Chapter 05, "What good
     features are good for".
     """
-    seeds, out, k = tasks.F.shape
+    (seeds, out, k), d = tasks.F.shape, tasks.G.shape[-1]
     new = linear_tasks(
-        seeds, d=tasks.G.shape[-1], out=out, k=k, kappa_x=kappa_x,
-        kappa_f=kappa_f, noise=noise, generator=generator, dtype=tasks.G.dtype
+        seeds, d=d, out=out, k=k, kappa_x=kappa_x, kappa_f=kappa_f,
+        noise=noise, generator=generator, dtype=tasks.G.dtype
     )
     return new._replace(G=tasks.G)
 
 
-# %% 05_anisotropy sec-aniso-failure 1 d1faa9ca
+# %% 05_anisotropy sec-aniso-failure 1 5d7b3670
 def _damped(M: Tensor, damping: float) -> Tensor:
     """``M + damping · (tr M / d) · I``."""
+    check_range("damping", damping, "[0, inf)")
     mean = M.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     return M + damping * mean * torch.eye(M.shape[-1]).to(M)
 
@@ -315,6 +336,9 @@ def least_squares_head(
 
     Returns:
         F, shape ``(…, out, k)``.
+
+    Raises:
+        ValueError: ``damping`` out of range.
 
     Source: Zhang et al. (2025), arXiv 2502.01763. Chapter 05, "The
     features SGD learns".
@@ -368,7 +392,7 @@ def alternating_step(
     return least_squares_head(G, second), G
 
 
-# %% 05_anisotropy sec-aniso-repair 1 7ab81875
+# %% 05_anisotropy sec-aniso-repair 1 1fffcde1
 def kronecker_direction(
     F: Tensor, G: Tensor, batch: Moments, *,
     left: bool = True, right: bool = True, damping: float = 1e-6,
@@ -390,6 +414,9 @@ def kronecker_direction(
     Returns:
         Shape of G.
 
+    Raises:
+        ValueError: ``damping`` out of range.
+
     Source: Zhang et al. (2025), arXiv 2502.01763. Chapter 05,
     eq-al-whitened.
     """
@@ -401,7 +428,7 @@ def kronecker_direction(
     return g
 
 
-# %% 05_anisotropy sec-aniso-spike 1 b13e9ac2
+# %% 05_anisotropy sec-aniso-spike 1 629b48ff
 def alignment(W: Tensor, beta: Tensor) -> Tensor:
     """|cos| between the top right singular vector of W and a direction.
 
@@ -482,7 +509,8 @@ def single_index(
     bases = [random_rotation(d, generator).to(dtype) for _ in range(seeds)]
     beta = torch.randn(seeds, d, generator=generator, dtype=dtype)
     beta = beta / torch.linalg.vector_norm(beta, dim=-1, keepdim=True)
-    return SingleIndex(beta, covariance_root(spectrum, torch.stack(bases)), noise)
+    root = covariance_root(spectrum, torch.stack(bases))
+    return SingleIndex(beta, root, noise)
 
 
 # %% 05_anisotropy sec-aniso-digits 1 8806fbd6
