@@ -1,6 +1,6 @@
 # Generated from chapters/05_anisotropy.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f8fbccbe
+# %% head f6231d2b
 """Chapter 05, Anisotropy."""
 
 __all__ = [
@@ -40,7 +40,7 @@ from guided_descent.core import check_range
 from guided_descent.problems import random_rotation
 
 
-# %% 05_anisotropy sec-aniso-task 2 8a44439c
+# %% 05_anisotropy sec-aniso-task 2 eb18e27e
 def orthonormal(G: Tensor) -> Tensor:
     """Orthonormal basis of the row space, ``R⁻ᵀ G`` with ``Gᵀ = Q R``.
 
@@ -82,7 +82,9 @@ def subspace_distance(G: Tensor, G_star: Tensor) -> Tensor:
             "pass features of the same number and length"
         )
     Q, S = orthonormal(G), orthonormal(G_star)
-    return torch.linalg.matrix_norm(Q - Q @ S.mT @ S, ord=2)
+    outside = Q - Q @ S.mT @ S
+    gram = torch.linalg.eigvalsh(outside @ outside.mT)  # small: k × k
+    return gram[..., -1].clamp(min=0).sqrt()
 
 
 # %% 05_anisotropy sec-aniso-task 3 e5d65c21
@@ -513,7 +515,7 @@ def single_index(
     return SingleIndex(beta, root, noise)
 
 
-# %% 05_anisotropy sec-aniso-digits 1 8806fbd6
+# %% 05_anisotropy sec-aniso-digits 1 4ed46720
 class TwoLayerMoments(NamedTuple):
     """Gradients and Kronecker factors of a two-layer network.
 
@@ -551,7 +553,8 @@ def two_layer_moments(
     eq-al-two-layer.
     """
     n, z = X.shape[-2], X @ W1.mT
-    a, slope = torch.func.jvp(activation, (z,), (torch.ones_like(z),))
+    a, pull = torch.func.vjp(activation, z)
+    (slope,) = pull(torch.ones_like(z))
     error = a @ W2.mT - Y
     delta = (error @ W2) * slope
     return TwoLayerMoments(
