@@ -1,6 +1,6 @@
 # Generated from chapters/05_anisotropy.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f6231d2b
+# %% head 6084bcbf
 """Chapter 05, Anisotropy."""
 
 __all__ = [
@@ -87,19 +87,17 @@ def subspace_distance(G: Tensor, G_star: Tensor) -> Tensor:
     return gram[..., -1].clamp(min=0).sqrt()
 
 
-# %% 05_anisotropy sec-aniso-task 3 e5d65c21
+# %% 05_anisotropy sec-aniso-task 3 890f3181
 class Moments(NamedTuple):
     """All that a squared loss sees of a batch.
-
-    Attributes:
-        xx: ``Q = mean of x xᵀ``, shape ``(…, d, d)``.
-        yx: Mean of ``y xᵀ``, shape ``(…, out, d)``.
 
     Source: chapter 05, "A task whose features are known".
     """
 
     xx: Tensor
+    """``Q``, the mean of ``x xᵀ``, shape ``(…, d, d)``."""
     yx: Tensor
+    """The mean of ``y xᵀ``, shape ``(…, out, d)``."""
 
 
 def white_moments(
@@ -144,7 +142,7 @@ def white_moments(
     return Moments(xx, yx)
 
 
-# %% 05_anisotropy sec-aniso-task 4 b969a19a
+# %% 05_anisotropy sec-aniso-task 4 8420a197
 def log_spaced(
     d: int, kappa: float, *, dtype: torch.dtype = torch.float64
 ) -> Tensor:
@@ -185,20 +183,18 @@ def covariance_root(spectrum: Tensor, basis: Tensor) -> Tensor:
 class LinearTask(NamedTuple):
     """``y = F⋆ G⋆ x + noise · N(0, I)``, one task for each seed.
 
-    Attributes:
-        F: True head, ``(…, out, k)``.
-        G: True features, ``(…, k, d)``, with orthonormal rows.
-        root: ``Σ^{1/2}`` of the inputs, ``(…, d, d)``.
-        noise: Standard deviation σ of the answers.
-
     Source: Zhang et al. (2025), arXiv 2502.01763. Chapter 05, "A task
     whose features are known".
     """
 
     F: Tensor
+    """True head, ``(…, out, k)``."""
     G: Tensor
+    """True features, ``(…, k, d)``, with orthonormal rows."""
     root: Tensor
+    """``Σ^{1/2}`` of the inputs, ``(…, d, d)``."""
     noise: float
+    """Standard deviation σ of the answers."""
 
     def moments(self, white: Moments) -> Moments:
         """What white batches become as batches of this task."""
@@ -430,9 +426,9 @@ def kronecker_direction(
     return g
 
 
-# %% 05_anisotropy sec-aniso-spike 1 629b48ff
+# %% 05_anisotropy sec-aniso-spike 1 3a97e289
 def alignment(W: Tensor, beta: Tensor) -> Tensor:
-    """|cos| between the top right singular vector of W and a direction.
+    """Cosine, without sign, between W's top right singular vector and β.
 
     Says little about a matrix whose singular values are all equal.
 
@@ -454,18 +450,16 @@ def alignment(W: Tensor, beta: Tensor) -> Tensor:
 class SingleIndex(NamedTuple):
     """``y = max(0, βᵀx) + noise · N(0, 1)`` with ``x ~ N(0, Σ)``.
 
-    Attributes:
-        beta: The one feature, ``(…, d)``.
-        root: ``Σ^{1/2}``, ``(…, d, d)``.
-        noise: Standard deviation σ of the answers. Default 0.
-
     Source: Zhang et al. (2025), arXiv 2502.01763. Chapter 05, "One step
     of a network".
     """
 
     beta: Tensor
+    """The one feature, ``(…, d)``."""
     root: Tensor
+    """``Σ^{1/2}`` of the inputs, ``(…, d, d)``."""
     noise: float = 0.0
+    """Standard deviation σ of the answers."""
 
     def sample(
         self, n: int, generator: torch.Generator | None = None
@@ -515,25 +509,25 @@ def single_index(
     return SingleIndex(beta, root, noise)
 
 
-# %% 05_anisotropy sec-aniso-digits 1 4ed46720
+# %% 05_anisotropy sec-aniso-digits 1 c9303873
 class TwoLayerMoments(NamedTuple):
     """Gradients and Kronecker factors of a two-layer network.
-
-    Attributes:
-        g1, g2: Gradients of half the mean squared error.
-        A1, A2: Second moments of each layer's input.
-        B1: That of the gradient at the hidden layer, for answers drawn from
-            the model; the one at the output, B2, is the identity.
 
     Source: Martens & Grosse (2015), arXiv 1503.05671. Chapter 05,
     eq-al-two-layer.
     """
 
     g1: Tensor
+    """Gradient of half the mean squared error for the first layer."""
     g2: Tensor
+    """The same for the second layer."""
     A1: Tensor
+    """Second moment of the inputs."""
     A2: Tensor
+    """Second moment of the hidden units."""
     B1: Tensor
+    """Second moment of the gradient at the hidden layer, for answers drawn
+    from the model; the one at the output, B2, is the identity."""
 
 
 def two_layer_moments(
