@@ -1,6 +1,6 @@
 # Generated from chapters/05_anisotropy.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 6084bcbf
+# %% head 10b5c0d0
 """Chapter 05, Anisotropy."""
 
 __all__ = [
@@ -28,9 +28,10 @@ __all__ = [
 ]
 
 
-# %% 05_anisotropy sec-aniso-task 1 76680489
+# %% 05_anisotropy sec-aniso-task 1 dbed5655
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ from guided_descent.core import check_range
 from guided_descent.problems import random_rotation
 
 
-# %% 05_anisotropy sec-aniso-task 2 eb18e27e
+# %% 05_anisotropy sec-aniso-task 2 f70456f0
 def orthonormal(G: Tensor) -> Tensor:
     """Orthonormal basis of the row space, ``R⁻ᵀ G`` with ``Gᵀ = Q R``.
 
@@ -51,10 +52,19 @@ def orthonormal(G: Tensor) -> Tensor:
         G: Features as rows, ``(…, k, d)``, ``k ≤ d``, of full rank.
 
     Returns:
-        Same shape, with ``Q Qᵀ = I``.
+        Same shape, with ``Q Qᵀ = I``. A row that is exactly dependent on
+        those before it becomes zero.
+
+    Raises:
+        ValueError: G has more rows than columns.
 
     Source: Golub & Van Loan, section 5.2. Chapter 05, eq-al-distance.
     """
+    if G.shape[-2] > G.shape[-1]:
+        raise ValueError(
+            f"G has shape {tuple(G.shape)}; pass features as rows, at most "
+            "as many as their length"
+        )
     q, r = torch.linalg.qr(G.mT)
     sign = r.diagonal(dim1=-2, dim2=-1).sign()
     return (q * sign[..., None, :]).mT
@@ -68,10 +78,12 @@ def subspace_distance(G: Tensor, G_star: Tensor) -> Tensor:
         G_star: True features, ``(…, k, d)``; leading dimensions broadcast.
 
     Returns:
-        Numbers in [0, 1], shape ``(…)``: 0 for the same space.
+        Numbers in [0, 1], shape ``(…)``: 0 for the same space, 1 also if
+        a row of G is zero.
 
     Raises:
-        ValueError: The two do not have the same last two dimensions.
+        ValueError: The two do not have the same last two dimensions, or
+            more rows than columns.
 
     Source: Zhang et al. (2025), arXiv 2502.01763. Chapter 05,
     eq-al-distance.
@@ -82,7 +94,7 @@ def subspace_distance(G: Tensor, G_star: Tensor) -> Tensor:
             "pass features of the same number and length"
         )
     Q, S = orthonormal(G), orthonormal(G_star)
-    outside = Q - Q @ S.mT @ S
+    outside = S - S @ Q.mT @ Q  # symmetric; so a lost row of G counts
     gram = torch.linalg.eigvalsh(outside @ outside.mT)  # small: k × k
     return gram[..., -1].clamp(min=0).sqrt()
 
@@ -291,12 +303,13 @@ def transfer_tasks(
     return new._replace(G=tasks.G)
 
 
-# %% 05_anisotropy sec-aniso-failure 1 5d7b3670
+# %% 05_anisotropy sec-aniso-failure 1 36c3ccb4
 def _damped(M: Tensor, damping: float) -> Tensor:
     """``M + damping · (tr M / d) · I``."""
     check_range("damping", damping, "[0, inf)")
     mean = M.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return M + damping * mean * torch.eye(M.shape[-1]).to(M)
+    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    return M + damping * mean * eye
 
 
 def feature_gradient(F: Tensor, G: Tensor, batch: Moments) -> Tensor:
@@ -313,12 +326,12 @@ def feature_gradient(F: Tensor, G: Tensor, batch: Moments) -> Tensor:
     Source: Zhang et al. (2025), arXiv 2502.01763. Chapter 05,
     eq-al-gradients.
     """
-    return F.mT @ (F @ G @ batch.xx - batch.yx)
+    return F.mT @ (F @ (G @ batch.xx) - batch.yx)
 
 
 def head_gradient(F: Tensor, G: Tensor, batch: Moments) -> Tensor:
     """``(F G Q − mean y xᵀ) Gᵀ``; see ``feature_gradient``."""
-    return (F @ G @ batch.xx - batch.yx) @ G.mT
+    return (F @ (G @ batch.xx) - batch.yx) @ G.mT
 
 
 def least_squares_head(
@@ -390,7 +403,7 @@ def alternating_step(
     return least_squares_head(G, second), G
 
 
-# %% 05_anisotropy sec-aniso-repair 1 1fffcde1
+# %% 05_anisotropy sec-aniso-repair 1 2b3f993d
 def kronecker_direction(
     F: Tensor, G: Tensor, batch: Moments, *,
     left: bool = True, right: bool = True, damping: float = 1e-6,
@@ -398,7 +411,8 @@ def kronecker_direction(
     """Layer-wise preconditioned gradient, ``P⁻¹ ∇_G L (Q + λI)⁻¹``.
 
     ``P = FᵀF`` and ``Q = mean(x xᵀ)``. As ``direction`` of
-    ``alternating_step`` it is K-FAC for this model.
+    ``alternating_step`` it is K-FAC for this model. On a GPU the solves
+    wait for the device.
 
     Args:
         F: Head, ``(…, out, k)``.
@@ -426,7 +440,7 @@ def kronecker_direction(
     return g
 
 
-# %% 05_anisotropy sec-aniso-spike 1 3a97e289
+# %% 05_anisotropy sec-aniso-spike 1 cef493eb
 def alignment(W: Tensor, beta: Tensor) -> Tensor:
     """Cosine, without sign, between W's top right singular vector and β.
 
@@ -466,10 +480,13 @@ class SingleIndex(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """n examples for each seed: x ``(…, n, d)``, y ``(…, n)``."""
         shape = (*self.beta.shape[:-1], n, self.beta.shape[-1])
-        options = {"generator": generator, "dtype": self.beta.dtype}
-        x = torch.randn(shape, **options) @ self.root
+        normal = partial(
+            torch.randn, generator=generator,
+            dtype=self.beta.dtype, device=self.beta.device,
+        )
+        x = normal(shape) @ self.root
         y = (x @ self.beta[..., None]).squeeze(-1).relu()
-        return x, y + self.noise * torch.randn(y.shape, **options)
+        return x, y + self.noise * normal(y.shape)
 
     def spike_cosine(self) -> Tensor:
         """Where one gradient step points, ``βᵀΣβ / (‖Σβ‖ ‖β‖)``."""
@@ -509,7 +526,7 @@ def single_index(
     return SingleIndex(beta, root, noise)
 
 
-# %% 05_anisotropy sec-aniso-digits 1 c9303873
+# %% 05_anisotropy sec-aniso-digits 1 78c83a80
 class TwoLayerMoments(NamedTuple):
     """Gradients and Kronecker factors of a two-layer network.
 
@@ -543,10 +560,19 @@ def two_layer_moments(
         Y: Answers, ``(…, n, out)``.
         activation: φ, elementwise. Default tanh.
 
+    Raises:
+        ValueError: Y does not have one row of answers for each input.
+
     Source: Martens & Grosse (2015), arXiv 1503.05671. Chapter 05,
     eq-al-two-layer.
     """
-    n, z = X.shape[-2], X @ W1.mT
+    n, out = X.shape[-2], W2.shape[-2]
+    if Y.shape[-2:] != (n, out):
+        raise ValueError(
+            f"Y has shape {tuple(Y.shape)}, not (…, {n}, {out}); pass one "
+            "row for each input, for classes torch.nn.functional.one_hot"
+        )
+    z = X @ W1.mT
     a, pull = torch.func.vjp(activation, z)
     (slope,) = pull(torch.ones_like(z))
     error = a @ W2.mT - Y
@@ -570,6 +596,10 @@ def two_layer_kfac_step(
         W1 ← W1 − lr · (B1 + λI)⁻¹ g1 (A1 + λI)⁻¹
         W2 ← W2 − lr · g2 (A2 + λI)⁻¹
 
+    Autograd follows the step: pass weights without ``requires_grad``, or
+    call it under ``torch.no_grad()``. On a GPU the solves wait for the
+    device.
+
     Args:
         W1, W2, X, Y, activation: As in ``two_layer_moments``.
         lr: Step size η; a tensor broadcasts, as ``(…, 1, 1)``.
@@ -580,7 +610,7 @@ def two_layer_kfac_step(
         The new ``(W1, W2)``.
 
     Raises:
-        ValueError: ``damping`` out of range.
+        ValueError: ``damping`` out of range; Y of the wrong shape.
 
     Source: Martens & Grosse (2015), arXiv 1503.05671. Chapter 05,
     eq-al-two-layer.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_descent.feature_learning import (
     Moments,
@@ -405,6 +406,8 @@ def test_two_layer_step(seed):
         (lambda: white_moments((1,), n=0), "n=0"),
         (lambda: single_index(1, log_spaced(3, 2), noise=math.inf), "noise=inf"),
         (lambda: subspace_distance(torch.eye(3)[:2], torch.eye(3)[:1]), "G_star"),
+        (lambda: orthonormal(torch.ones(3, 2)), "at most"),
+        (lambda: two_layer_moments(torch.eye(3), torch.eye(3), torch.eye(3), torch.tensor([0, 1, 2])), "one_hot"),
         (lambda: least_squares_head(torch.eye(2), Moments(torch.eye(2), torch.eye(2)), damping=-1.0), "damping=-1.0"),
         (lambda: two_layer_kfac_step(*[torch.eye(2)] * 4, 0.1, damping=math.nan), "damping=nan"),
     ],
@@ -412,3 +415,51 @@ def test_two_layer_step(seed):
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- mistakes, devices, parameters
+
+
+def test_a_lost_feature_counts():
+    """A row of zeros finds nothing, so the distance is 1 and not that of the other rows."""
+    g = generator(0)
+    true = orthonormal(normal(g, 3, 8))
+    lost = torch.cat([true[:2], torch.zeros(1, 8, dtype=torch.float64)])
+    assert close(subspace_distance(lost, true), 1.0)
+    assert close(subspace_distance(torch.zeros(2, 3, 8, dtype=torch.float64), true), [1.0, 1.0])
+
+
+class Ops(TorchDispatchMode):
+    """The names of the operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_made_on_another_device():
+    """Checked on the meta device: all results stay there, and no tensor is copied over."""
+    empty = torch.empty
+    F, G, xx, yx = (empty(2, *s, device="meta") for s in ((4, 3), (3, 6), (6, 6), (4, 6)))
+    beta, X, Y = empty(2, 6, device="meta"), empty(2, 9, 6, device="meta"), empty(2, 9, 4, device="meta")
+    with Ops() as ops:
+        out = [kronecker_direction(F, G, Moments(xx, yx)), least_squares_head(G, Moments(xx, yx))]
+        out += two_layer_kfac_step(G, F, X, Y, 0.1)
+        out += SingleIndex(beta, xx, noise=1.0).sample(9)
+    assert all(t.device.type == "meta" for t in out)
+    assert "solve" in str(ops.names) and "_to_copy" not in ops.names
+
+
+def test_a_step_on_parameters():
+    """With no_grad the step of nn.Parameters is plain, and their memory does not grow with a graph."""
+    g = generator(0)
+    W1, W2, X, Y = normal(g, 4, 6), normal(g, 3, 4), normal(g, 9, 6), normal(g, 9, 3)
+    plain = two_layer_kfac_step(W1, W2, X, Y, 0.1)
+    with torch.no_grad():
+        new = two_layer_kfac_step(torch.nn.Parameter(W1), torch.nn.Parameter(W2), X, Y, 0.1)
+    assert close(new[0], plain[0]) and close(new[1], plain[1])
+    assert not new[0].requires_grad and not new[1].requires_grad
