@@ -1,6 +1,6 @@
 # Generated from chapters/05_anisotropy.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 10b5c0d0
+# %% head a8b855ed
 """Chapter 05, Anisotropy."""
 
 __all__ = [
@@ -440,7 +440,7 @@ def kronecker_direction(
     return g
 
 
-# %% 05_anisotropy sec-aniso-spike 1 cef493eb
+# %% 05_anisotropy sec-aniso-spike 1 2c8bfc12
 def alignment(W: Tensor, beta: Tensor) -> Tensor:
     """Cosine, without sign, between W's top right singular vector and β.
 
@@ -512,12 +512,14 @@ def single_index(
         generator: Source of randomness; torch's global one by default.
 
     Raises:
-        ValueError: ``noise`` out of range.
+        ValueError: ``noise`` out of range, or an eigenvalue not positive.
 
     Source: Zhang et al. (2025), arXiv 2502.01763. Chapter 05, "One step
     of a network".
     """
     check_range("noise", noise, "[0, inf)")
+    check_range("smallest eigenvalue of spectrum", float(spectrum.min()),
+                "(0, inf)")
     d, dtype = len(spectrum), spectrum.dtype
     bases = [random_rotation(d, generator).to(dtype) for _ in range(seeds)]
     beta = torch.randn(seeds, d, generator=generator, dtype=dtype)
@@ -526,7 +528,7 @@ def single_index(
     return SingleIndex(beta, root, noise)
 
 
-# %% 05_anisotropy sec-aniso-digits 1 78c83a80
+# %% 05_anisotropy sec-aniso-digits 1 dae56545
 class TwoLayerMoments(NamedTuple):
     """Gradients and Kronecker factors of a two-layer network.
 
@@ -611,6 +613,8 @@ def two_layer_kfac_step(
 
     Raises:
         ValueError: ``damping`` out of range; Y of the wrong shape.
+        torch.linalg.LinAlgError: A factor is zero, as for ``W2 = 0``; start
+            from random weights.
 
     Source: Martens & Grosse (2015), arXiv 1503.05671. Chapter 05,
     eq-al-two-layer.

@@ -405,6 +405,7 @@ def test_two_layer_step(seed):
         (lambda: linear_tasks(1, noise=-1.0), "noise=-1.0"),
         (lambda: white_moments((1,), n=0), "n=0"),
         (lambda: single_index(1, log_spaced(3, 2), noise=math.inf), "noise=inf"),
+        (lambda: single_index(1, -torch.ones(3)), "eigenvalue"),
         (lambda: subspace_distance(torch.eye(3)[:2], torch.eye(3)[:1]), "G_star"),
         (lambda: orthonormal(torch.ones(3, 2)), "at most"),
         (lambda: two_layer_moments(torch.eye(3), torch.eye(3), torch.eye(3), torch.tensor([0, 1, 2])), "one_hot"),
