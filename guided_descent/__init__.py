@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c55a459d
+# %% head 0efb67c7
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -11,6 +11,12 @@ from guided_descent.adaptive import (
     AdamW,
     NAdam,
     RMSprop,
+)
+from guided_descent.capture import (
+    Capture,
+    Fisher,
+    Layer,
+    Likelihood,
 )
 from guided_descent.core import (
     ENGINES,
@@ -70,9 +76,13 @@ __all__ = [
     "Adam",
     "AdamW",
     "Batch",
+    "Capture",
     "CriticalBatch",
     "Engine",
+    "Fisher",
     "GradientDescent",
+    "Layer",
+    "Likelihood",
     "LogisticRegression",
     "NAdam",
     "Names",
