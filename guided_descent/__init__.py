@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 0efb67c7
+# %% head f6a5e520
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -17,6 +17,7 @@ from guided_descent.capture import (
     Fisher,
     Layer,
     Likelihood,
+    gram,
 )
 from guided_descent.core import (
     ENGINES,
@@ -103,6 +104,7 @@ __all__ = [
     "digits",
     "expected_loss",
     "gradient_covariance",
+    "gram",
     "minibatches",
     "noise_ball",
     "noise_scale",

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head d56d1ffe
+# %% head 5f5c1d8c
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -8,10 +8,11 @@ __all__ = [
     "Fisher",
     "Layer",
     "Likelihood",
+    "gram",
 ]
 
 
-# %% 23_machinery sec-capture 1 05173478
+# %% 23_machinery sec-capture 1 9849dc27
 import copy
 import dataclasses
 import weakref
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Parameter
 from torch.nn import functional as F
 
@@ -104,7 +105,32 @@ class Layer:
         return part.reshape(-1, 1) if self.kind == "scale" or p is self.bias else part.flatten(1)
 
 
-# %% 23_machinery sec-capture 2 526a8deb
+# %% 23_machinery sec-capture 2 e0e788be
+def gram(x: Tensor, out: Tensor | None = None, decay: float = 0.0, weight: float = 1.0) -> Tensor:
+    """``out ← decay · out + weight · Σ x xᵀ``, summed over all rows of ``x``.
+
+    Only blocks on and right of the diagonal are multiplied, 9/16 of a large matrix; the others are copied.
+
+    Args:
+        x: (…, d).
+        out: (d, d) and symmetric; changed in place. ``None``: a fresh matrix, of at least single precision.
+        decay: Of what is in ``out``. Default 0: it is overwritten.
+        weight: Of the sum. Default 1.
+
+    Source: appendix "The machinery".
+    """
+    x = x.reshape(-1, x.shape[-1])
+    if out is None:
+        out, decay = x.new_empty(x.shape[1], x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)), 0.0
+    x = x.to(out.dtype)
+    block = max(128, -(-x.shape[1] // 8))
+    for i in range(0, x.shape[1], block):
+        j = i + block
+        out[i:j, i:].addmm_(x[:, i:j].T, x[:, i:], beta=decay, alpha=weight)
+        out[j:, i:j] = out[i:j, j:].T
+    return out
+
+
 #: What is covered, as (kind, classes). A subclass with a ``forward`` of its own is not: nobody knows what it computes.
 _KINDS = {
     "linear": (nn.Linear,),
@@ -157,7 +183,7 @@ def _features_last(module: nn.Module, y: Tensor) -> Tensor:
     return y.movedim(1, -1) if isinstance(module, _KINDS["conv"] + _KINDS["scale"]) else y
 
 
-# %% 23_machinery sec-capture 3 661c6547
+# %% 23_machinery sec-capture 3 7be5fe07
 #: A layer of a module with its matrix, and the input channels and output features that are its.
 _Site = tuple[Layer, Tensor, slice, slice]
 #: The same, as a use needs it.
@@ -228,28 +254,27 @@ def _find_layers(model: nn.Module, trained: set[int]) -> tuple[list[Layer], list
     return list(layers.values()), list(sites.items())
 
 
-def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:
-    """What a model returned, with one of its tensors replaced; containers are copied, not changed."""
-    if output is old:
-        return new
+def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """What a model returned, with a function applied to each tensor; containers are copied, not changed."""
+    if isinstance(output, Tensor):
+        return function(output)
     if isinstance(output, Mapping):
-        made = copy.copy(output)
+        made: Any = copy.copy(output)
         for key, value in output.items():
-            if value is not (changed := _replaced(value, old, new)):
-                made[key] = changed
+            made[key] = _mapped(value, function)
         return made
     if isinstance(output, tuple | list):
-        items = [_replaced(value, old, new) for value in output]
+        items = [_mapped(value, function) for value in output]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     if dataclasses.is_dataclass(output):
         made = copy.copy(output)
         for field in dataclasses.fields(output):
-            setattr(made, field.name, _replaced(getattr(output, field.name), old, new))
+            setattr(made, field.name, _mapped(getattr(output, field.name), function))
         return made
     return output
 
 
-# %% 23_machinery sec-capture 4 a0bbae13
+# %% 23_machinery sec-capture 4 b6ca11c3
 def _cotangents(
     fisher: str, likelihood: Likelihood, f: Tensor, samples: int, class_dim: int, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
@@ -333,17 +358,20 @@ class _Pass:
         if len({a.shape[0] for a, _ in pairs}) == 1 and len(pairs) > 1:
             gradients = [g for _, g in pairs if g is not None]
             pairs = [(torch.cat([a for a, _ in pairs], 1), torch.cat(gradients, 2) if gradients else None)]
-        for a, g in pairs:
-            self.capture.consume(layer, a, g)
+        with torch.autocast(pairs[0][0].device.type, enabled=False):
+            for a, g in pairs:
+                self.capture.consume(layer, a, g)
 
     @torch.no_grad()
     def sample(self, root: GradientEdge, output: Tensor) -> None:
         """Send each cotangent from the model's output through the graph, which the user's backward still needs."""
         c = self.capture
         self.expected = c.samples if c.fisher == "mc" else output[0].numel()
-        for v in _cotangents(c.fisher, c.likelihood, output, c.samples, c.class_dim, c.generator):
-            torch.autograd.grad([root], list(self.anchors.values()), [v], retain_graph=True, allow_unused=True)
-        self.expected = 0
+        try:
+            for v in _cotangents(c.fisher, c.likelihood, output, c.samples, c.class_dim, c.generator):
+                torch.autograd.grad([root], list(self.anchors.values()), [v], retain_graph=True, allow_unused=True)
+        finally:
+            self.expected = 0
         for layer in list(self.ready):
             self.hand_over(layer)
 
@@ -398,6 +426,11 @@ class _Use:
             if shared is None or shared[0] != key:
                 shared = key, self.at.arrange(self.inputs(layer, x, channels), self.time_first)
             a, g = shared[1], None
+            if len(a) != self.at.examples and self.at.capture.fisher == "type-2":
+                raise ValueError(
+                    f"layer {layer.name!r} is called once for all examples (input {tuple(x.shape)}), so the gradients "
+                    "of an example are not to be had; repeat the input for each example, or use fisher='mc'"
+                )
             if gradients:
                 split = [self.at.arrange(g[..., features], self.time_first) for g in gradients]
                 g = split[0].unsqueeze(0) if len(split) == 1 else torch.stack(split)
@@ -409,19 +442,20 @@ class _Use:
         if layer.kind == "embedding":
             return x.unsqueeze(-1)
         if layer.kind == "scale":
+            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             return _features_last(self.module, _normalised(self.module, x))
+        window = 1
         if layer.kind == "conv":
-            space = len(self.module.kernel_size)
+            window += len(self.module.kernel_size)
             x = _windows(self.module, x)
-            x = (x if channels == slice(None) else x.narrow(space + 1, channels.start, channels.stop - channels.start))
-            one = x.new_ones(()).expand(*x.shape[: space + 1], 1)
-            columns = [x.flatten(space + 1)] if layer.weight is not None else []
-        else:
-            one = x.new_ones(()).expand(*x.shape[:-1], 1)
-            columns = [x] if layer.weight is not None else []
-        if layer.bias is not None:
-            columns.append(one)
-        return torch.cat(columns, -1) if len(columns) > 1 else columns[0]
+            x = x[(..., channels, *[slice(None)] * (window - 1))]
+        lead, rest = x.shape[:-window], x.shape[-window:]
+        if layer.bias is None:
+            return x.flatten(-window)
+        made = x.new_ones(*lead, rest.numel() + 1 if layer.weight is not None else 1)
+        if layer.weight is not None:
+            made[..., :-1].unflatten(-1, rest).copy_(x)
+        return made
 
 
 class _Tap(torch.autograd.Function):
@@ -439,29 +473,42 @@ class _Tap(torch.autograd.Function):
         return g, None, None
 
 
+class _Root:
+    """The model's output: where the sampled gradients start, as soon as any gradient arrives at what it returned."""
+
+    def __init__(self, at: _Pass, output: Tensor) -> None:
+        self.at, self.edge, self.version = at, get_gradient_edge(output), output._version
+        self.output: Tensor | None = output.detach()
+
+    def begin(self) -> None:
+        """Once, before any node of the model's graph has run and let go of what it saved."""
+        output, self.output = self.output, None
+        if output is None:
+            return
+        if output._version != self.version:
+            raise RuntimeError(
+                "the model's output was changed in place after the forward call, and its likelihood with it; use the "
+                "operation that is not in place"
+            )
+        self.at.sample(self.edge, output)
+
+
 class _RootTap(torch.autograd.Function):
-    """The identity, behind the model's output: here the user's backward call stands before the model's whole graph."""
+    """The identity, behind what the model returns."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, at: _Pass) -> Tensor:
+    def forward(ctx: Any, y: Tensor, root: _Root) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.at, ctx.value, ctx.version = at, y.detach(), y._version
+        ctx.root = root
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
-        if ctx.value is not None:
-            value, ctx.value = ctx.value, None
-            if value._version != ctx.version:
-                raise RuntimeError(
-                    "the model's output was changed in place after the forward call, and its likelihood with it; "
-                    "use the operation that is not in place"
-                )
-            ctx.at.sample(GradientEdge(*ctx.next_functions[0]), value)
+        ctx.root.begin()
         return g, None
 
 
-# %% 23_machinery sec-capture 5 2806b6be
+# %% 23_machinery sec-capture 5 78eef995
 class _Hook:
     """A method of a capture as a hook. It keeps nothing alive, and a copy of it does nothing: see ``Capture``."""
 
@@ -610,7 +657,8 @@ class Capture:
         if self.fisher in ("empirical", "none"):
             at.expected = 1
             return None
-        return _replaced(output, value, _RootTap.apply(value, at))
+        root = _Root(at, value)
+        return _mapped(output, lambda y: _RootTap.apply(y, root) if y.requires_grad else y)
 
     def _likelihood_of(self, output: Any) -> Tensor | None:
         """The tensor in a model's output that the likelihood speaks of; ``None`` if it has no graph."""
