@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 5f5c1d8c
+# %% head c67c0be5
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-capture 1 9849dc27
+# %% 23_machinery sec-capture 1 45ef3361
 import copy
 import dataclasses
 import weakref
@@ -33,6 +33,7 @@ Fisher = Literal["mc", "type-2", "empirical", "none"]
 Likelihood = Literal["categorical", "gaussian", "bernoulli"] | Callable[[Tensor], Tensor]
 
 
+# %% 23_machinery sec-capture 2 946fdbcd
 class Layer:
     """One matrix of parameters: a weight, and its bias as one more column.
 
@@ -105,32 +106,7 @@ class Layer:
         return part.reshape(-1, 1) if self.kind == "scale" or p is self.bias else part.flatten(1)
 
 
-# %% 23_machinery sec-capture 2 e0e788be
-def gram(x: Tensor, out: Tensor | None = None, decay: float = 0.0, weight: float = 1.0) -> Tensor:
-    """``out ← decay · out + weight · Σ x xᵀ``, summed over all rows of ``x``.
-
-    Only blocks on and right of the diagonal are multiplied, 9/16 of a large matrix; the others are copied.
-
-    Args:
-        x: (…, d).
-        out: (d, d) and symmetric; changed in place. ``None``: a fresh matrix, of at least single precision.
-        decay: Of what is in ``out``. Default 0: it is overwritten.
-        weight: Of the sum. Default 1.
-
-    Source: appendix "The machinery".
-    """
-    x = x.reshape(-1, x.shape[-1])
-    if out is None:
-        out, decay = x.new_empty(x.shape[1], x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)), 0.0
-    x = x.to(out.dtype)
-    block = max(128, -(-x.shape[1] // 8))
-    for i in range(0, x.shape[1], block):
-        j = i + block
-        out[i:j, i:].addmm_(x[:, i:j].T, x[:, i:], beta=decay, alpha=weight)
-        out[j:, i:j] = out[i:j, j:].T
-    return out
-
-
+# %% 23_machinery sec-capture 3 526a8deb
 #: What is covered, as (kind, classes). A subclass with a ``forward`` of its own is not: nobody knows what it computes.
 _KINDS = {
     "linear": (nn.Linear,),
@@ -183,7 +159,7 @@ def _features_last(module: nn.Module, y: Tensor) -> Tensor:
     return y.movedim(1, -1) if isinstance(module, _KINDS["conv"] + _KINDS["scale"]) else y
 
 
-# %% 23_machinery sec-capture 3 7be5fe07
+# %% 23_machinery sec-capture 4 ffa16d7a
 #: A layer of a module with its matrix, and the input channels and output features that are its.
 _Site = tuple[Layer, Tensor, slice, slice]
 #: The same, as a use needs it.
@@ -254,27 +230,7 @@ def _find_layers(model: nn.Module, trained: set[int]) -> tuple[list[Layer], list
     return list(layers.values()), list(sites.items())
 
 
-def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """What a model returned, with a function applied to each tensor; containers are copied, not changed."""
-    if isinstance(output, Tensor):
-        return function(output)
-    if isinstance(output, Mapping):
-        made: Any = copy.copy(output)
-        for key, value in output.items():
-            made[key] = _mapped(value, function)
-        return made
-    if isinstance(output, tuple | list):
-        items = [_mapped(value, function) for value in output]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    if dataclasses.is_dataclass(output):
-        made = copy.copy(output)
-        for field in dataclasses.fields(output):
-            setattr(made, field.name, _mapped(getattr(output, field.name), function))
-        return made
-    return output
-
-
-# %% 23_machinery sec-capture 4 b6ca11c3
+# %% 23_machinery sec-capture 5 c0e11e57
 def _cotangents(
     fisher: str, likelihood: Likelihood, f: Tensor, samples: int, class_dim: int, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
@@ -320,6 +276,7 @@ def _cotangents(
             yield shaped(v)
 
 
+# %% 23_machinery sec-capture 6 dfe41f29
 class _Pass:
     """One forward call of the model: how many examples it had, and what its taps are to do when gradients arrive."""
 
@@ -458,6 +415,7 @@ class _Use:
         return made
 
 
+# %% 23_machinery sec-capture 7 7fae2033
 class _Tap(torch.autograd.Function):
     """The identity, behind a layer's output: what comes back through it is the gradient by that output."""
 
@@ -508,7 +466,27 @@ class _RootTap(torch.autograd.Function):
         return g, None
 
 
-# %% 23_machinery sec-capture 5 78eef995
+# %% 23_machinery sec-capture 8 ff4b7fe4
+def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """What a model returned, with a function applied to each tensor; containers are copied, not changed."""
+    if isinstance(output, Tensor):
+        return function(output)
+    if isinstance(output, Mapping):
+        made: Any = copy.copy(output)
+        for key, value in output.items():
+            made[key] = _mapped(value, function)
+        return made
+    if isinstance(output, tuple | list):
+        items = [_mapped(value, function) for value in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    if dataclasses.is_dataclass(output):
+        made = copy.copy(output)
+        for field in dataclasses.fields(output):
+            setattr(made, field.name, _mapped(getattr(output, field.name), function))
+        return made
+    return output
+
+
 class _Hook:
     """A method of a capture as a hook. It keeps nothing alive, and a copy of it does nothing: see ``Capture``."""
 
@@ -711,3 +689,29 @@ class Capture:
     def _attended(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._linear:
             F.linear = self._linear.pop()
+
+
+# %% 23_machinery sec-capture 9 77a5da43
+def gram(x: Tensor, out: Tensor | None = None, decay: float = 0.0, weight: float = 1.0) -> Tensor:
+    """``out ← decay · out + weight · Σ x xᵀ``, summed over all rows of ``x``.
+
+    Only blocks on and right of the diagonal are multiplied, 9/16 of a large matrix; the others are copied.
+
+    Args:
+        x: (…, d).
+        out: (d, d) and symmetric; changed in place. ``None``: a fresh matrix, of at least single precision.
+        decay: Of what is in ``out``. Default 0: it is overwritten.
+        weight: Of the sum. Default 1.
+
+    Source: appendix "The machinery".
+    """
+    x = x.reshape(-1, x.shape[-1])
+    if out is None:
+        out, decay = x.new_empty(x.shape[1], x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)), 0.0
+    x = x.to(out.dtype)
+    block = max(128, -(-x.shape[1] // 8))
+    for i in range(0, x.shape[1], block):
+        j = i + block
+        out[i:j, i:].addmm_(x[:, i:j].T, x[:, i:], beta=decay, alpha=weight)
+        out[j:, i:j] = out[i:j, j:].T
+    return out

@@ -39,7 +39,8 @@ def assembled(layer: Layer, a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
 
 def rows(layer: Layer, a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """One gradient of the layer's matrix for each column and example, flattened."""
-    return torch.stack([assembled(layer, a[n : n + 1], g[m : m + 1, n : n + 1]) for m in range(len(g)) for n in range(len(a))])
+    pairs = [(m, n) for m in range(len(g)) for n in range(len(a))]
+    return torch.stack([assembled(layer, a[n : n + 1], g[m : m + 1, n : n + 1]) for m, n in pairs])
 
 
 class Taker:
@@ -164,7 +165,7 @@ def ggn(model, x, layer, likelihood):
         elif likelihood == "gaussian":
             h = torch.eye(len(out))
         else:
-            h = torch.func.hessian(lambda z: F.binary_cross_entropy_with_logits(z, z * 0, reduction="sum"))(out.detach())
+            h = torch.func.hessian(lambda z: F.softplus(z).sum())(out.detach())
         j = torch.func.jacrev(f)(params, one)
         blocks = [j[n].reshape(len(out), p.shape[0], -1) for n, p in params.items()]
         matrix = torch.cat(blocks, 2).flatten(1)
@@ -333,7 +334,11 @@ def test_activations_live_no_longer_than_the_graph_and_not_past_their_use(fisher
     try:
         for differentiate in (False, True):
             alive = []
-            handle = model[1].register_forward_hook(lambda m, a, out, alive=alive: alive.append(weakref.ref(out.untyped_storage())))
+
+            def watch(module, args, out, alive=alive):
+                alive.append(weakref.ref(out.untyped_storage()))
+
+            handle = model[1].register_forward_hook(watch)
             loss = F.cross_entropy(model(x), y)
             handle.remove()
             storage = [ref() is not None for ref in alive]
@@ -777,7 +782,8 @@ def test_autocast_and_a_loss_scale():
         p.grad /= scale
     sums = {}
     for layer, a, g in taker.taken:
-        sums[layer.name] = sums.get(layer.name, 0) + assembled(layer, a.float() if a.is_floating_point() else a, g.float()) / len(a)
+        a = a.float() if a.is_floating_point() else a
+        sums[layer.name] = sums.get(layer.name, 0) + assembled(layer, a, g.float()) / len(a)
     for layer in taker.capture.layers:
         error = (sums[layer.name] - layer.gradient()).norm()
         assert error <= 0.03 * layer.gradient().norm() + 1e-5, layer
