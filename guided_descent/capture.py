@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c67c0be5
+# %% head 0f53eacd
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -33,7 +33,7 @@ Fisher = Literal["mc", "type-2", "empirical", "none"]
 Likelihood = Literal["categorical", "gaussian", "bernoulli"] | Callable[[Tensor], Tensor]
 
 
-# %% 23_machinery sec-capture 2 946fdbcd
+# %% 23_machinery sec-capture 2 7bdf5ef4
 class Layer:
     """One matrix of parameters: a weight, and its bias as one more column.
 
@@ -80,27 +80,26 @@ class Layer:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters]
         return torch.cat([self._columns(p, g) for p, g in zip(self.parameters, grads, strict=True)], 1)
 
+    def pieces(self, matrix: Tensor) -> list[tuple[Parameter, slice, Tensor]]:
+        """How a (d_out, d_in) matrix falls apart: each parameter, its rows that are the layer's, a tensor like these."""
+        widths = [self._columns(p, p.detach()).shape[1] for p in self.parameters]
+        made = []
+        for p, part in zip(self.parameters, matrix.split(widths, 1), strict=True):
+            rows = self._rows if p is self.weight else self._bias_rows
+            part = part.T if self.kind == "embedding" else part
+            made.append((p, rows, part.reshape(p[rows].shape)))
+        return made
+
     @torch.no_grad()
     def subtract_(self, update: Tensor, scale: float | Tensor = 1) -> None:
         """Subtract ``scale · update``, a (d_out, d_in) matrix, from weight and bias; what has no gradient stays."""
-        columns = update.split([self._columns(p, p.detach()).shape[1] for p in self.parameters], 1)
-        for p, change in zip(self.parameters, columns, strict=True):
+        for p, rows, part in self.pieces(update):
             if p.grad is not None:
-                target = self._part(p, p)
-                change = (change.T if self.kind == "embedding" else change).reshape(target.shape).to(target.dtype)
-                if isinstance(scale, Tensor):
-                    target.sub_(change * scale.to(target.dtype))
-                else:
-                    target.sub_(change, alpha=scale)
-
-    def _part(self, p: Parameter, like: Tensor) -> Tensor:
-        """The rows of a fused tensor that are this layer's."""
-        rows = self._rows if p is self.weight else self._bias_rows
-        return like[rows]
+                p[rows].sub_((part * scale).to(p.dtype))
 
     def _columns(self, p: Parameter, like: Tensor) -> Tensor:
         """A tensor shaped like ``p`` as columns of the matrix."""
-        part = self._part(p, like)
+        part = like[self._rows if p is self.weight else self._bias_rows]
         if self.kind == "embedding":
             return part.T
         return part.reshape(-1, 1) if self.kind == "scale" or p is self.bias else part.flatten(1)

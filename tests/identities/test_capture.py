@@ -651,6 +651,8 @@ def test_gradient_and_subtraction_of_a_layer():
             assert gradient.shape == matrix.shape == layer.shape
             layer.subtract_(gradient, scale)
             torch.testing.assert_close(layer.matrix(), matrix - 0.3 * gradient)
+            for p, rows, part in layer.pieces(gradient):
+                assert torch.equal(part, p.grad[rows])
             gradient.zero_()
         for p, old, g in zip(model.parameters(), before, grads, strict=True):
             assert torch.equal(p.grad, g)
