@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 0f53eacd
+# %% head df088d37
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -33,7 +33,7 @@ Fisher = Literal["mc", "type-2", "empirical", "none"]
 Likelihood = Literal["categorical", "gaussian", "bernoulli"] | Callable[[Tensor], Tensor]
 
 
-# %% 23_machinery sec-capture 2 7bdf5ef4
+# %% 23_machinery sec-capture 2 9f1fb23a
 class Layer:
     """One matrix of parameters: a weight, and its bias as one more column.
 
@@ -81,7 +81,7 @@ class Layer:
         return torch.cat([self._columns(p, g) for p, g in zip(self.parameters, grads, strict=True)], 1)
 
     def pieces(self, matrix: Tensor) -> list[tuple[Parameter, slice, Tensor]]:
-        """How a (d_out, d_in) matrix falls apart: each parameter, its rows that are the layer's, a tensor like these."""
+        """How a (d_out, d_in) matrix falls apart: each parameter, its rows that are meant, a tensor like these."""
         widths = [self._columns(p, p.detach()).shape[1] for p in self.parameters]
         made = []
         for p, part in zip(self.parameters, matrix.split(widths, 1), strict=True):
