@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f6a5e520
+# %% head 5c876593
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -31,6 +31,18 @@ from guided_descent.core import (
     Options,
     check_choice,
     check_range,
+)
+from guided_descent.kfac import (
+    EKFAC,
+    FOOF,
+    KFAC,
+    LayerOptimizer,
+    Memory,
+    damping_shifts,
+    divide,
+    eigenvalue_correction,
+    kronecker_factors,
+    rotate,
 )
 from guided_descent.noise import (
     CriticalBatch,
@@ -67,7 +79,10 @@ from guided_descent.sgd import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "EKFAC",
     "ENGINES",
+    "FOOF",
+    "KFAC",
     "OPTIONS",
     "RANGES",
     "SGD",
@@ -83,8 +98,10 @@ __all__ = [
     "Fisher",
     "GradientDescent",
     "Layer",
+    "LayerOptimizer",
     "Likelihood",
     "LogisticRegression",
+    "Memory",
     "NAdam",
     "Names",
     "NoiseBall",
@@ -101,10 +118,14 @@ __all__ = [
     "check_choice",
     "check_range",
     "critical_batch_size",
+    "damping_shifts",
     "digits",
+    "divide",
+    "eigenvalue_correction",
     "expected_loss",
     "gradient_covariance",
     "gram",
+    "kronecker_factors",
     "minibatches",
     "noise_ball",
     "noise_scale",
@@ -112,6 +133,7 @@ __all__ = [
     "optimal_momentum",
     "per_example_gradients",
     "random_rotation",
+    "rotate",
     "rotation",
     "spectral_radius",
     "steepest_step",
