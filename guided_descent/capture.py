@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head df088d37
+# %% head 0065156a
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -275,7 +275,7 @@ def _cotangents(
             yield shaped(v)
 
 
-# %% 23_machinery sec-capture 6 dfe41f29
+# %% 23_machinery sec-capture 6 598b00f7
 class _Pass:
     """One forward call of the model: how many examples it had, and what its taps are to do when gradients arrive."""
 
@@ -408,7 +408,8 @@ class _Use:
         lead, rest = x.shape[:-window], x.shape[-window:]
         if layer.bias is None:
             return x.flatten(-window)
-        made = x.new_ones(*lead, rest.numel() + 1 if layer.weight is not None else 1)
+        made = x.new_empty(*lead, rest.numel() + 1 if layer.weight is not None else 1)
+        made[..., -1] = 1
         if layer.weight is not None:
             made[..., :-1].unflatten(-1, rest).copy_(x)
         return made
