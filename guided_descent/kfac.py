@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 60856201
+# %% head e3e25f66
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -764,7 +764,7 @@ def eigenvalue_correction(
     return s / N
 
 
-# %% 08_kfac sec-kfac-ekfac 2 37547c9a
+# %% 08_kfac sec-kfac-ekfac 2 993220c3
 class EKFAC(KFAC):
     """EKFAC: K-FAC's eigenvectors with the best eigenvalues for them.
 
@@ -810,11 +810,13 @@ class EKFAC(KFAC):
         before = [m.get(f"{side}_vectors") for m in memories]
         super().refresh(side, memories, groups)
         for m, U in zip(memories, before, strict=True):
-            if "s" not in m and {"A_values", "G_values"} <= m.keys():
-                m["s"] = super().curvature(m)
-            elif "s" in m and U is not None:
-                V = (m[f"{side}_vectors"].mT @ U).square()
-                m["s"] = V @ m["s"] if side == "G" else m["s"] @ V.mT
+            if {"A_values", "G_values"} <= m.keys():
+                start = super().curvature(m)
+                s = m.get("s", start)
+                if "s" in m and U is not None:
+                    V = (m[f"{side}_vectors"].mT @ U).square()
+                    s = V @ s if side == "G" else s @ V.mT
+                m["s"] = torch.where(m["count"] > 1, s, start)
 
     def curvature(self, m: Memory) -> Tensor:
         return m["s"]
