@@ -39,6 +39,7 @@ test-gpu: $(READY)
 # Our optimizers against named peers, as ratios measured in one run, on two threads (some minutes: it compiles).
 bench: $(READY)
 	OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python benchmarks/step_time.py
+	OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python benchmarks/kfac_step.py
 
 tangle weave: $(READY)
 	$(BIN)/python -m literate $@

@@ -93,6 +93,7 @@ class Everything(nn.Module):
 
 def everything():
     data = torch.randn(N, 3, 7, 6), torch.randint(0, 11, (N, TOKENS)), torch.randn(N, 4, 7)
+    data[1][1, 2] = 0  # the padding
     return Everything(), data, torch.randint(0, CLASSES, (N,))
 
 
@@ -394,13 +395,14 @@ def test_a_model_that_calls_itself_is_one_pass():
     assert [a.shape for _, a, _ in taker.taken] == [(N, 2, 4)]
 
 
-def test_an_error_in_the_forward_leaves_nothing_behind():
+def test_an_error_in_the_forward_leaves_nothing_behind(recwarn):
     model, data, y = everything()
     taker = Taker(model, fisher="empirical")
     linear = F.linear
     with pytest.raises((RuntimeError, AssertionError)):
         model(data[0], data[1], data[2][..., :5])
     assert F.linear is linear and not taker.capture._stack
+    assert not [str(w.message) for w in recwarn if "hook" in str(w.message)]
     F.cross_entropy(model(*data), y).backward()
     exact(taker)
     assert F.linear is linear
@@ -527,6 +529,18 @@ def test_examples_folded_into_places_or_unfolded_from_them():
         exact(taker)
         assert all(a.shape[:2] == shape for _, a, _ in taker.taken)
         taker.capture.detach()
+
+
+def test_as_many_places_as_examples():
+    """Examples come first then, except in attention, which says that they come second."""
+    x = torch.randn(N, N, 3)
+    taker = Taker(nn.Sequential(nn.Linear(3, 2)), likelihood="gaussian", fisher="none")
+    taker.capture.model(x).sum().backward()
+    assert torch.equal(taker.taken[0][1][..., :3], x)
+    second = Taker(nn.Sequential(nn.Linear(3, 2), nn.Flatten(0, 1), nn.Unflatten(0, (2, -1))), fisher="none")
+    x = torch.randn(4, 2, 3)
+    second.capture.model(x).sum().backward()
+    assert torch.equal(second.taken[0][1][..., :3], x.transpose(0, 1))
 
 
 class Positions(nn.Module):
@@ -816,6 +830,7 @@ def test_bfloat16_models():
     taker = Taker(model)
     F.cross_entropy(model(*data), y).backward()
     assert set(taker.names) == {layer.name for layer in taker.capture.layers}
+    assert all(a.dtype is torch.float32 for layer, a, _ in taker.taken if layer.kind == "scale")
 
 
 @pytest.mark.parametrize("order", [0, 1])
