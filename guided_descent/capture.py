@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 0065156a
+# %% head 6078d735
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -466,7 +466,7 @@ class _RootTap(torch.autograd.Function):
         return g, None
 
 
-# %% 23_machinery sec-capture 8 ff4b7fe4
+# %% 23_machinery sec-capture 8 edbf3936
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """What a model returned, with a function applied to each tensor; containers are copied, not changed."""
     if isinstance(output, Tensor):
@@ -622,7 +622,8 @@ class Capture:
         if module is not self.model:
             raise RuntimeError("a replica of the model was called; use DistributedDataParallel, not nn.DataParallel")
         outer = self._stack[-1] if self._stack else None
-        self._stack.append(outer or (_Pass(self) if self.recording and torch.is_grad_enabled() else None))
+        plain = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+        self._stack.append(outer or (_Pass(self) if self.recording and plain else None))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         at = self._stack.pop() if self._stack else None

@@ -436,6 +436,22 @@ def test_gradients_of_gradients_pass_through():
     assert len(taker.taken) == 2
 
 
+def test_transforms_of_torch_func_are_not_seen():
+    model, data, y = everything()
+    model.eval()
+    plain = copy.deepcopy(model)
+    taker = Taker(model)
+
+    def slope(net):
+        def f(head):
+            return F.cross_entropy(torch.func.functional_call(net, {"head.bias": head}, data), y)
+
+        return torch.func.hessian(f)(net.head.bias.detach())
+
+    assert torch.equal(slope(model), slope(plain))
+    assert not taker.taken and not taker.capture._stack
+
+
 def test_checkpointed_blocks():
     from torch.utils.checkpoint import checkpoint
 
