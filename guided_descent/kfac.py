@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e3e25f66
+# %% head 9d97abca
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -102,7 +102,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 81afcfa9
+# %% 08_kfac sec-kfac-bookkeeping 1 71153ae1
 #: What is remembered of one layer, by name.
 Memory = dict[str, Tensor]
 
@@ -449,7 +449,10 @@ class LayerOptimizer(Optimizer):
             kind = self._group(layer)["nonfinite"]
             for name, x in seen.items() if kind != "propagate" else ():
                 if name != "examples":
-                    flags.append(x.isfinite().all())
+                    # The diagonal of a factor shows what any entry would.
+                    factor = name in ("A", "G") and x.ndim == 2
+                    part = x.diagonal() if factor else x
+                    flags.append(part.isfinite().all())
                     if kind == "raise" and not flags[-1]:
                         raise FloatingPointError(
                             f"statistic {name} of layer {layer.name!r} is "
@@ -528,7 +531,7 @@ def _squeezed(lr: float | Tensor) -> float | Tensor:
     return lr.squeeze() if isinstance(lr, Tensor) else lr
 
 
-# %% 08_kfac sec-kfac-bookkeeping 2 2ac95ed6
+# %% 08_kfac sec-kfac-bookkeeping 2 58571e60
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -551,7 +554,7 @@ class KFAC(LayerOptimizer):
         momentum: In [0, 1). Default 0.9.
         damping: λ, in units of curvature, in [0, ∞); under
             ``relative_damping`` in units of the layer's mean curvature.
-            Default 1e-2. Zero needs ``damping_split="exact"``.
+            Default 0.03. Zero needs ``damping_split="exact"``.
         fisher: ``"mc"`` (default), ``"type-2"`` or ``"empirical"``.
         likelihood: ``"categorical"`` (default), ``"gaussian"``,
             ``"bernoulli"`` or a callable; see ``Capture``.
@@ -567,7 +570,7 @@ class KFAC(LayerOptimizer):
         factor_update_every: Steps between updates of A and G. Default 1.
         inverse_update_every: Steps between inversions. Default 10.
         kl_clip: Limit c on ``η² ⟨u, ∇L⟩``, in (0, ∞]; ``math.inf`` turns
-            it off. Default 1e-2.
+            it off. Default 1e-3.
         weight_decay: Decoupled, ``lr · weight_decay · w``; in [0, ∞).
             Default 0.
         seed: Of the drawn targets, with the step count. Default 0.
@@ -596,7 +599,7 @@ class KFAC(LayerOptimizer):
         lr: float | Tensor = 0.1,
         *,
         momentum: float = 0.9,
-        damping: float = 1e-2,
+        damping: float = 0.03,
         fisher: Fisher = "mc",
         likelihood: Likelihood = "categorical",
         samples: int = 1,
@@ -606,7 +609,7 @@ class KFAC(LayerOptimizer):
         stat_decay: float = 0.95,
         factor_update_every: int = 1,
         inverse_update_every: int = 10,
-        kl_clip: float = 1e-2,
+        kl_clip: float = 1e-3,
         weight_decay: float = 0.0,
         seed: int = 0,
         output: Callable[[Any], Tensor] | None = None,
