@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 6078d735
+# %% head 01359894
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -158,7 +158,7 @@ def _features_last(module: nn.Module, y: Tensor) -> Tensor:
     return y.movedim(1, -1) if isinstance(module, _KINDS["conv"] + _KINDS["scale"]) else y
 
 
-# %% 23_machinery sec-capture 4 ffa16d7a
+# %% 23_machinery sec-capture 4 60ded8b7
 #: A layer of a module with its matrix, and the input channels and output features that are its.
 _Site = tuple[Layer, Tensor, slice, slice]
 #: The same, as a use needs it.
@@ -206,16 +206,15 @@ def _find_layers(model: nn.Module, trained: set[int]) -> tuple[list[Layer], list
             if isinstance(weight, Parameter) and {id(weight), id(bias)} & trained and not weight.is_complex():
                 keys = (id(weight), str(rows[0])), (id(bias), str(rows[1]))
                 found.append((label.removeprefix("."), kind, weight, bias, rows, channels, features, keys, module))
+    linear = {keys[0] for _, kind, *_, keys, _ in found if kind != "embedding"}
+    found = [x for x in found if x[1] != "embedding" or x[-2][0] not in linear]
     partners: dict[Any, set[Any]] = {}
     for *_, (w, b), _ in found:
         partners.setdefault(("weight", w), set()).add(b)
         partners.setdefault(("bias", b), set()).add(w)
-    linear = {keys[0] for _, kind, *_, keys, _ in found if kind != "embedding"}
     layers: dict[Any, Layer] = {}
     sites: dict[nn.Module, list[_Site]] = {}
     for name, kind, weight, bias, rows, channels, features, (w, b), module in found:
-        if kind == "embedding" and w in linear:
-            continue
         alone = bias is not None and len(partners["weight", w]) == len(partners["bias", b]) == 1
         own_bias = bias if alone and id(bias) in trained else None
         own_weight = weight if id(weight) in trained else None
@@ -466,7 +465,7 @@ class _RootTap(torch.autograd.Function):
         return g, None
 
 
-# %% 23_machinery sec-capture 8 edbf3936
+# %% 23_machinery sec-capture 8 4ff1eb2d
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """What a model returned, with a function applied to each tensor; containers are copied, not changed."""
     if isinstance(output, Tensor):
@@ -482,7 +481,7 @@ def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if dataclasses.is_dataclass(output):
         made = copy.copy(output)
         for field in dataclasses.fields(output):
-            setattr(made, field.name, _mapped(getattr(output, field.name), function))
+            object.__setattr__(made, field.name, _mapped(getattr(output, field.name), function))
         return made
     return output
 
@@ -530,8 +529,8 @@ class Capture:
         samples: How many targets ``"mc"`` draws for each output, at least 1.
         generator: Draws them. ``None``: the default generator of the output's device.
         parameters: Only these are covered. ``None``: all that require a gradient.
-        output: From what the model returns to the tensor that the likelihood speaks of, one of those returned.
-            ``None``: a returned tensor, the entry ``"logits"``, or the only tensor in there that requires a gradient.
+        output: From what the model returns to the tensor that the likelihood speaks of. ``None``: a returned tensor,
+            the entry ``"logits"``, or the only tensor in there that requires a gradient.
         class_dim: The dimension of the classes. Default −1; for images in torch's order, (N, C, H, W), it is 1.
 
     Attributes:
@@ -637,7 +636,13 @@ class Capture:
             at.expected = 1
             return None
         root = _Root(at, value)
-        return _mapped(output, lambda y: _RootTap.apply(y, root) if y.requires_grad else y)
+        mapped = _mapped(output, lambda y: _RootTap.apply(y, root) if y.requires_grad else y)
+        if mapped is output:
+            raise ValueError(
+                f"the model returned a {type(output).__name__} without a tensor that can be watched; return a tensor, "
+                "or a tuple, list, mapping or dataclass of tensors"
+            )
+        return mapped
 
     def _likelihood_of(self, output: Any) -> Tensor | None:
         """The tensor in a model's output that the likelihood speaks of; ``None`` if it has no graph."""

@@ -358,6 +358,19 @@ def drop(layer, a, g):
     pass
 
 
+def test_sampled_gradients_are_let_go_layer_by_layer():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(6)))
+    refs, alive = [], []
+
+    def take(layer, a, g):
+        alive.append(sum(ref() is not None for ref in refs))
+        refs.append(weakref.ref(g.untyped_storage()))
+
+    capture = Capture(model, consume=take, likelihood="gaussian")
+    model(torch.randn(N, 8)).sum().backward()
+    assert len(alive) == len(capture.layers) == 6 and max(alive) <= 1
+
+
 def test_several_calls_and_accumulation_are_several_passes():
     model, x, y = mlp()
     taker = Taker(model, fisher="empirical")
@@ -618,14 +631,14 @@ def test_a_tied_weight_whose_biases_differ_keeps_them_out():
 
 
 def test_an_embedding_tied_to_a_head_is_the_head():
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Tanh(), nn.Linear(4, 9, bias=False))
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Tanh(), nn.Linear(4, 9))
     model[2].weight = model[0].weight
     taker = Taker(model)
     F.cross_entropy(model(torch.randint(0, 9, (N,))), torch.randint(0, 9, (N,))).backward()
     (layer,) = taker.capture.layers
-    assert (layer.name, layer.kind, layer.shape) == ("2", "linear", (9, 4)) and not taker.capture.rest
+    assert (layer.name, layer.kind, layer.shape) == ("2", "linear", (9, 5)) and not taker.capture.rest
     assert taker.names == ["2"]
-    torch.testing.assert_close(layer.gradient(), model[0].weight.grad)
+    torch.testing.assert_close(layer.gradient()[:, :4], model[0].weight.grad)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
@@ -706,7 +719,7 @@ def test_where_only_the_weight_has_a_gradient_the_bias_stays():
 Pair = namedtuple("Pair", "logits extra")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Output:
     loss: torch.Tensor
     scores: torch.Tensor
@@ -728,6 +741,7 @@ class Returns(nn.Module):
         (lambda f, y: (f, torch.zeros(3)), lambda out: out[0], {}),
         (lambda f, y: [None, f], lambda out: out[1], {}),
         (lambda f, y: Pair(f, f.tanh()), lambda out: out.logits, {"output": lambda out: out.logits}),
+        (lambda f, y: f.T, lambda out: out.T, {"output": lambda out: out.T}),
         (lambda f, y: {"a": (f, f * 2)}, lambda out: out["a"][0], {"output": lambda out: out["a"][0]}),
     ],
 )
@@ -755,6 +769,18 @@ def test_a_clear_error_where_the_output_is_not_evident():
         with pytest.raises(ValueError, match="output="):
             model(x=x)
         taker.capture.detach()
+
+
+def test_what_cannot_be_watched_is_refused():
+    class Opaque:
+        def __init__(self, f):
+            self.f = f
+
+    model = Returns(lambda f, y: Opaque(f))
+    taker = Taker(model, output=lambda out: out.f)
+    with pytest.raises(ValueError, match="a Opaque without a tensor"):
+        model(x=torch.randn(N, 4))
+    assert not taker.taken
 
 
 def test_other_errors_are_clear():
