@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 9d97abca
+# %% head 18385d13
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -102,7 +102,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 71153ae1
+# %% 08_kfac sec-kfac-bookkeeping 1 e683e2dd
 #: What is remembered of one layer, by name.
 Memory = dict[str, Tensor]
 
@@ -268,8 +268,9 @@ class LayerOptimizer(Optimizer):
             keep = finite if group["nonfinite"] == "skip" else None
             del seen["examples"]
             for name, mean in seen.items():
-                memory.setdefault("count", mean.new_zeros(()))
-                memory.setdefault(name, torch.zeros_like(mean))
+                if name not in memory:
+                    memory.setdefault("count", mean.new_zeros(()))
+                    memory[name] = torch.zeros_like(mean)
             if not seen:
                 continue
             k = memory["count"] + 1
@@ -359,6 +360,19 @@ class LayerOptimizer(Optimizer):
             self._engine(group, params)
         self._check_seen()
         finite = self._finite(work)
+        careful = all(x["nonfinite"] == "skip" for x in self.param_groups)
+        known = _known(finite) if careful else None
+        if known is False:
+            self.pending.clear()
+        else:
+            self._advance(work, None if known else finite)
+        for group in self.param_groups:
+            group["steps"] += 1
+        self._prepare()
+        return loss
+
+    def _advance(self, work: Any, finite: Tensor | None) -> None:
+        """Statistics, inverses, updates and the move along them."""
         self._remember(finite)
         updates: dict[Tensor, Tensor] = {}
         with _full_precision(self.generator.device):
@@ -366,10 +380,6 @@ class LayerOptimizer(Optimizer):
             for layer in self.capture.layers:
                 self._update(layer, updates)
         self._move(work, updates, finite)
-        for group in self.param_groups:
-            group["steps"] += 1
-        self._prepare()
-        return loss
 
     def _update(self, layer: Layer, updates: dict[Tensor, Tensor]) -> None:
         """Write the update of a layer into tensors like its parameters."""
@@ -379,7 +389,11 @@ class LayerOptimizer(Optimizer):
         g = g.to(_wide(g.dtype))
         u = self.precondition(memory, g, Names(**self._group(layer)))
         for p, rows, piece in layer.pieces(u):
-            if p.grad is not None:
+            if p.grad is None:
+                continue
+            if piece.shape == p.shape:
+                updates[p] = piece
+            else:  # some rows of a fused matrix
                 if p not in updates:
                     updates[p] = p.grad.to(u.dtype, copy=True)
                 updates[p][rows] = piece
@@ -392,8 +406,7 @@ class LayerOptimizer(Optimizer):
     ) -> None:
         """Clip, and let the rule take each parameter along its update."""
         terms = [
-            _squeezed(group["lr"]) ** 2
-            * (updates.get(p, p.grad).to(_wide(p.dtype)) * p.grad).sum()
+            _squeezed(group["lr"]) ** 2 * _dot(updates.get(p, p.grad), p.grad)
             for group, params in work
             for p in params
         ]
@@ -408,7 +421,8 @@ class LayerOptimizer(Optimizer):
             for p in params:
                 u = updates.get(p, p.grad)
                 if h.kl_clip < math.inf:
-                    u = nu.to(p.device, u.dtype) * u
+                    scale = nu.to(p.device, u.dtype)
+                    u = scale * u if u is p.grad else u.mul_(scale)
                 state, s = self.state[p], {}
                 if h.momentum:
                     if "momentum_buffer" not in state:
@@ -425,7 +439,10 @@ class LayerOptimizer(Optimizer):
             p.mul_(1 - h.lr * h.weight_decay)
         if h.momentum:
             g = s.momentum_buffer.mul_(h.momentum).add_(g)
-        p.sub_(h.lr * g)
+        if isinstance(h.lr, Tensor):
+            p.sub_(h.lr * g)
+        else:
+            p.sub_(g, alpha=h.lr)
 
     # What can go wrong
 
@@ -443,27 +460,38 @@ class LayerOptimizer(Optimizer):
 
     def _finite(self, work: Any) -> Tensor | None:
         """Whether gradients and new statistics are finite, on the device."""
-        finite = super()._finite(work)
-        flags = []
+        raising = [x for x in work if x[0]["nonfinite"] == "raise"]
+        super()._finite(raising)
+        flags = [
+            size.isfinite()
+            for group, params in work
+            if group["nonfinite"] == "skip" and params
+            for size in torch._foreach_norm(
+                [p.grad for p in params if p.numel()], math.inf
+            )
+        ]
         for layer, seen in self.pending.items():
             kind = self._group(layer)["nonfinite"]
             for name, x in seen.items() if kind != "propagate" else ():
-                if name != "examples":
-                    # The diagonal of a factor shows what any entry would.
-                    factor = name in ("A", "G") and x.ndim == 2
-                    part = x.diagonal() if factor else x
-                    flags.append(part.isfinite().all())
-                    if kind == "raise" and not flags[-1]:
-                        raise FloatingPointError(
-                            f"statistic {name} of layer {layer.name!r} is "
-                            "not finite and nonfinite='raise'; lower lr, or "
-                            "use nonfinite='skip'"
-                        )
-        if finite is None or not flags:
-            return finite
-        sound = torch.stack([x.to(finite.device) for x in flags]).all()
-        self.skipped = self.skipped + (finite & ~sound)
-        return finite & sound
+                if name == "examples":
+                    continue
+                # The diagonal of a factor shows what any entry would.
+                square = name in ("A", "G") and x.ndim == 2
+                flag = (x.diagonal() if square else x).isfinite().all()
+                if kind == "skip":
+                    flags.append(flag)
+                elif not flag:
+                    raise FloatingPointError(
+                        f"statistic {name} of layer {layer.name!r} is not "
+                        "finite and nonfinite='raise'; lower lr, or use "
+                        "nonfinite='skip'"
+                    )
+        if not flags:
+            return None
+        finite = torch.stack([x.to(flags[0].device) for x in flags]).all()
+        before = 0 if self.skipped is None else self.skipped.to(finite.device)
+        self.skipped = before + (~finite).long()
+        return finite
 
     # The rest
 
@@ -518,6 +546,18 @@ class LayerOptimizer(Optimizer):
         self._prepare()
 
 
+def _known(flag: Tensor | None) -> bool | None:
+    """What a flag says, where to look at it means to wait for nobody."""
+    if flag is None:
+        return True
+    return bool(flag.numpy()) if flag.device.type == "cpu" else None
+
+
+def _dot(u: Tensor, g: Tensor) -> Tensor:
+    dtype = _wide(u.dtype)
+    return torch.dot(u.flatten().to(dtype), g.flatten().to(dtype))
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -531,7 +571,7 @@ def _squeezed(lr: float | Tensor) -> float | Tensor:
     return lr.squeeze() if isinstance(lr, Tensor) else lr
 
 
-# %% 08_kfac sec-kfac-bookkeeping 2 58571e60
+# %% 08_kfac sec-kfac-bookkeeping 2 80b35166
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -678,15 +718,15 @@ class KFAC(LayerOptimizer):
         if self.derived == "_inverse":
             pairs = zip(memories, groups, strict=True)
             shifts = torch.stack([self.shift(side, m, h) for m, h in pairs])
-            results = {"_inverse": _inverse(factors, shifts)}
+            results = {"_inverse": _inverses_(factors, shifts)}
         elif factors.ndim == 2:
             results = {"_values": factors}
         else:
             values, vectors = torch.linalg.eigh(factors)
             results = {"_values": values.clamp(min=0), "_vectors": vectors}
         for name, result in results.items():
-            for m, x in zip(memories, result.unbind(), strict=True):
-                m[side + name] = x.clone()
+            for m, x in zip(memories, result, strict=True):
+                m[side + name] = x.clone() if len(memories) > 1 else x
 
     def shift(self, side: str, m: Memory, h: Names) -> Tensor:
         """What the split adds to the diagonal of a factor."""
@@ -722,21 +762,20 @@ def _frequencies(layer: Layer, indices: Tensor) -> Tensor:
     return counts.index_add_(0, indices.flatten(), ones) / indices.numel()
 
 
-def _inverse(factors: Tensor, shifts: Tensor) -> Tensor:
-    """Inverses of a batch of factors, or of diagonals, each with a shift.
+def _inverses_(factors: Tensor, shifts: Tensor) -> list[Tensor] | Tensor:
+    """Inverses of factors, or of diagonals, after shifting them in place.
 
-    A shift lost in the round-off of its factor is raised to it.
+    A shift that would be lost in round-off is raised to it.
     """
     if factors.ndim == 2:
         return 1 / (factors + shifts[:, None])
     diagonal = factors.diagonal(dim1=1, dim2=2)
     eps = torch.finfo(factors.dtype).eps
-    shifts = shifts + 8 * eps * diagonal.sum(1)
-    damped = factors + torch.diag_embed(shifts[:, None].expand_as(diagonal))
-    L = torch.linalg.cholesky_ex(damped)[0]
+    diagonal.add_((shifts + 8 * eps * diagonal.sum(1))[:, None])
+    L = torch.linalg.cholesky_ex(factors)[0]
     eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     L_inverse = torch.linalg.solve_triangular(L, eye, upper=False)
-    return torch.stack([gram(x) for x in L_inverse])
+    return [gram(x) for x in L_inverse]
 
 
 # %% 08_kfac sec-kfac-ekfac 1 bb5e2b29

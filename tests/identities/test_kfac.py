@@ -66,9 +66,8 @@ def same(a, b):
 def pairs(model, x, fisher="type-2", likelihood="gaussian", loss=None, **options):
     """Each layer's (a, g), in the order of the layers."""
     found = {}
-    capture = Capture(
-        model, consume=lambda layer, a, g: found.update({layer: (a, g)}), fisher=fisher, likelihood=likelihood, **options
-    )
+    options = {"fisher": fisher, "likelihood": likelihood, **options}
+    capture = Capture(model, consume=lambda layer, a, g: found.update({layer: (a, g)}), **options)
     y = model(x)
     (y.square().flatten(1).sum(1).mean() if loss is None else loss(y)).backward()
     capture.detach()
@@ -702,7 +701,7 @@ def test_singular_statistics_give_a_finite_step(split, scale):
 
 
 @every_method
-def test_a_step_with_an_infinity_never_happened(method):
+def test_a_step_with_an_infinity_never_happened(method, flags):
     ends = []
     for poisoned in (False, True):
         torch.manual_seed(0)
@@ -731,7 +730,7 @@ def test_a_step_with_an_infinity_never_happened(method):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_statistics_that_are_not_finite_skip_or_raise_and_name_the_layer():
+def test_statistics_that_are_not_finite_skip_or_raise_and_name_the_layer(flags):
     for kind in ("skip", "raise", "propagate"):
         model, (x, y) = net(5, 4, 3, dtype=torch.float32), data(dtype=torch.float32)
         optimizer = build(KFAC, model, nonfinite=kind)
@@ -747,7 +746,14 @@ def test_statistics_that_are_not_finite_skip_or_raise_and_name_the_layer():
         assert same([p.detach() for p in model.parameters()], before)
 
 
-def test_no_host_synchronisation():
+@pytest.fixture(params=["host", "device"])
+def flags(request, monkeypatch):
+    """Flags as they are, or as on a device: not to be looked at."""
+    if request.param == "device":
+        monkeypatch.setattr("guided_descent.kfac._known", lambda flag: True if flag is None else None)
+
+
+def test_no_host_synchronisation(flags):
     class NoItem(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             assert function is not torch.ops.aten._local_scalar_dense.default, "read back to the host"
