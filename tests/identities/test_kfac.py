@@ -471,18 +471,18 @@ class Everything(nn.Module):
         return self.head(self.norm(h * self.scale).mean(1))
 
 
-@every_method
-@pytest.mark.parametrize("split", ["exact", "pi"])
-def test_every_kind_of_layer_learns_and_resumes(method, split):
-    if method is not KFAC and split == "pi":
-        split = None
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(KFAC, {"damping_split": "pi"}), *((m, {}) for m in METHODS)],
+    ids=["KFAC-pi", "KFAC", "EKFAC", "FOOF"],
+)
+def test_every_kind_of_layer_learns_and_resumes(method, options):
     tokens = torch.randint(7, (32, 5), generator=torch.Generator().manual_seed(0))
     target = tokens[:, 0] % 4
 
     def start():
         torch.manual_seed(0)
         model = Everything().double()
-        options = {"damping_split": "pi"} if split == "pi" else {}
         return model, method(model, 0.1, likelihood="categorical", **options)
 
     def run(model, optimizer, steps):
@@ -497,6 +497,8 @@ def test_every_kind_of_layer_learns_and_resumes(method, split):
     names = {layer.name for layer in optimizer.capture.layers}
     assert {"embed", "conv", "attention.q", "attention.k", "attention.v", "attention.out_proj", "head"} <= names
     first = run(model, optimizer, 1)
+    for layer in optimizer.capture.layers:  # attention's four projections among them
+        assert optimizer._memory(layer) or (method is FOOF and layer.kind == "scale"), layer.name
     before = [p.detach().clone() for p in model.parameters()]
     run(model, optimizer, 20)
     saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
@@ -673,10 +675,31 @@ def test_sixteen_bit_parameters_have_factors_of_32(method, dtype):
 
 
 @every_method
-@pytest.mark.parametrize("split", ["exact", "pi"])
-def test_zero_inputs_and_gradients_give_a_finite_first_step(method, split):
+def test_autocast_leaves_factors_in_single_precision(method):
+    torch.manual_seed(0)
+    model = net(5, 4, 3, dtype=torch.float32)
+    optimizer = build(method, model)
+    x, y = data(dtype=torch.float32)
+    start = float(mse(model, x, y).detach())
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = mse(model, x, y)
+            loss.backward()
+            optimizer.step()
+    assert float(mse(model, x, y).detach()) < 0.9 * start
+    memory = optimizer._memory(optimizer.capture.layers[0])
+    assert all(value.dtype == torch.float32 for value in memory.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(KFAC, {"damping_split": "pi"}), *((m, {}) for m in METHODS), (KFAC, {"damping": 0.0})],
+    ids=["KFAC-pi", "KFAC", "EKFAC", "FOOF", "KFAC-undamped"],
+)
+def test_zero_inputs_and_gradients_give_a_finite_first_step(method, options):
     model = net(5, 4, 3)
-    optimizer = build(method, model, **({"damping_split": split} if method is KFAC else {}))
+    optimizer = build(method, model, **options)
     x = torch.zeros(4, 5, dtype=torch.float64)
     (model(x) * 0).sum().backward()
     before = [p.detach().clone() for p in model.parameters()]
