@@ -6,9 +6,9 @@ The model is the autoencoder 784-1000-500-250-30-250-500-1000-784 with tanh; a s
 K-FAC draws one target for each example, updates its statistics in every step and each inverse once in ten steps. Every
 round times each candidate once, in turn, so that a machine that speeds up or slows down does so for all of them; the
 ratio of medians is printed, and of means, which sees every inverse. Beside it stands what the arithmetic says: the
-multiplications and additions of a step, over those of a step of AdamW, all at the same speed. Inverses have a period of
-ten steps; the slowest of the ten places in it, each by its median, stands over the median of all: that is the work, while
-the slowest single step also sees what else the machine does.
+multiplications and additions of a step, over those of a step of AdamW, all at the same speed. Inverses have a period
+of ten steps. The slowest of its ten places, each by its median, is set over the median of all: that is the work; the
+slowest single step also sees what else the machine does.
 """
 
 import argparse
