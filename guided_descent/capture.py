@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 01359894
+# %% head f217d9bc
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -228,7 +228,7 @@ def _find_layers(model: nn.Module, trained: set[int]) -> tuple[list[Layer], list
     return list(layers.values()), list(sites.items())
 
 
-# %% 23_machinery sec-capture 5 c0e11e57
+# %% 23_machinery sec-capture 5 53866e7a
 def _cotangents(
     fisher: str, likelihood: Likelihood, f: Tensor, samples: int, class_dim: int, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
@@ -244,33 +244,32 @@ def _cotangents(
                 leaf = f.detach().requires_grad_()
                 yield torch.autograd.grad(likelihood(leaf).sum(), leaf)[0].div(samples**0.5).to(dtype)
         return
-    axis = class_dim if likelihood == "categorical" else -1
-    f = f.movedim(axis, -1) if f.ndim > 1 else f.unsqueeze(-1)
-    p = f.softmax(-1) if likelihood == "categorical" else f.sigmoid()
+    choice = likelihood == "categorical"
+    moved = f.movedim(class_dim, -1) if choice else f
+    z = moved.reshape(len(f), -1, moved.shape[-1]) if choice else f.reshape(len(f), 1, -1)
+    p = z.softmax(-1) if choice else z.sigmoid()
 
     def shaped(v: Tensor) -> Tensor:
-        return (v.movedim(-1, axis) if v.ndim > 2 or axis else v).to(dtype)
+        v = v.reshape(moved.shape)
+        return (v.movedim(-1, class_dim) if choice else v).to(dtype)
 
-    if fisher == "mc":
-        for _ in range(samples):
+    for _ in range(samples if fisher == "mc" else 0):
+        if likelihood == "categorical":
+            race = z - torch.empty_like(z).exponential_(generator=generator).log_()
+            v = p.scatter_add(-1, race.argmax(-1, keepdim=True), -torch.ones_like(p[..., :1]))
+        elif likelihood == "gaussian":
+            v = torch.empty_like(z).normal_(generator=generator)
+        else:
+            v = p - (torch.empty_like(z).uniform_(generator=generator) < p).to(p.dtype)
+        yield shaped(v.div_(samples**0.5))
+    for place in range(z.shape[1] if fisher == "type-2" else 0):
+        for c in range(z.shape[2]):
+            v, q = torch.zeros_like(z), p[:, place]
             if likelihood == "categorical":
-                race = f - torch.empty_like(f).exponential_(generator=generator).log_()
-                v = p.scatter_add(-1, race.argmax(-1, keepdim=True), -torch.ones_like(p[..., :1]))
-            elif likelihood == "gaussian":
-                v = torch.empty_like(f).normal_(generator=generator)
+                v[:, place] = q * q[:, c, None].sqrt()
+                v[:, place, c] -= q[:, c].sqrt()
             else:
-                v = p - (torch.empty_like(f).uniform_(generator=generator) < p).to(p.dtype)
-            yield shaped(v.div_(samples**0.5))
-        return
-    for place in range(f[0, ..., 0].numel()):
-        for c in range(f.shape[-1]):
-            v = torch.zeros_like(f)
-            at, q = v.flatten(1, -2)[:, place] if v.ndim > 2 else v, p.flatten(1, -2)[:, place] if v.ndim > 2 else p
-            if likelihood == "categorical":
-                at.copy_(q * q[:, c, None].sqrt())
-                at[:, c] -= q[:, c].sqrt()
-            else:
-                at[:, c] = 1 if likelihood == "gaussian" else (q[:, c] * (1 - q[:, c])).sqrt()
+                v[:, place, c] = 1 if likelihood == "gaussian" else (q[:, c] * (1 - q[:, c])).sqrt()
             yield shaped(v)
 
 

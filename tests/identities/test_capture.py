@@ -206,6 +206,22 @@ def test_type_2_of_many_places_and_of_a_class_dimension():
     torch.testing.assert_close(v.T @ v, expected)
 
 
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_an_output_of_one_number_for_each_example(likelihood):
+    linear = nn.Linear(3, 1)
+    x = torch.randn(N, 3)
+    a = torch.cat([x, torch.ones(N, 1)], 1)
+    p = linear(x).sigmoid().detach()
+    expected = a.T @ (a * (1 if likelihood == "gaussian" else p * (1 - p)))
+    for fisher, samples in (("type-2", 1), ("mc", 20000)):
+        taker = Taker(nn.Sequential(linear, nn.Flatten(0)), fisher=fisher, likelihood=likelihood, samples=samples)
+        taker.capture.model(x).sum().backward()
+        _, a, g = taker.taken[0]
+        v = torch.einsum("mnri,nrj->mnj", g, a).flatten(0, 1)
+        tol = 1e-12 if fisher == "type-2" else 0.05 * float(expected.abs().max())
+        torch.testing.assert_close(v.T @ v, expected, rtol=tol, atol=tol)
+
+
 class Swapped(nn.Module):
     def forward(self, x):
         return x.movedim(-1, 1)
