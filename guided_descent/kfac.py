@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 18385d13
+# %% head a01c214d
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -59,7 +59,7 @@ def kronecker_factors(
     return gram(a) / (N * R), gram(g) / N
 
 
-# %% 08_kfac sec-kfac-damping 1 f49ce63f
+# %% 08_kfac sec-kfac-damping 1 3a28abb1
 def rotate(V: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
     """``leftᵀ V right``; ``right = None`` stands for the identity."""
     V = left.mT @ V
@@ -90,7 +90,8 @@ def damping_shifts(
     Returns:
         ``π √λ`` and ``√λ / π``.
 
-    Source: Martens & Grosse (2015), section 6.3. Chapter 08, eq-kfac-pi.
+    Source: Martens & Grosse (2015), arXiv 1503.05671. Chapter 08,
+    eq-kfac-pi.
     """
     ratio = (_mean_eigenvalue(A) / _mean_eigenvalue(G)).sqrt()
     pi = ratio.nan_to_num(nan=1.0).clamp(1e-8, 1e8)
@@ -102,7 +103,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 e683e2dd
+# %% 08_kfac sec-kfac-bookkeeping 1 080b196d
 #: What is remembered of one layer, by name.
 Memory = dict[str, Tensor]
 
@@ -139,6 +140,7 @@ class LayerOptimizer(Optimizer):
         capture: Arguments of ``Capture``.
         factor_update_every: Steps between two updates of the statistics.
         inverse_update_every: Steps between two inversions of a factor.
+        seed: Of the drawn targets.
         params: Parameters or groups; those of the model by default.
         **options: See ``Options``.
 
@@ -262,7 +264,7 @@ class LayerOptimizer(Optimizer):
                 seen[name] = mean
 
     def _remember(self, finite: Tensor | None) -> None:
-        """Move the running means by what was observed since the last step."""
+        """Move the running means by what the last passes showed."""
         for layer, seen in self.pending.items():
             memory, group = self._memory(layer), self._group(layer)
             keep = finite if group["nonfinite"] == "skip" else None
@@ -406,8 +408,8 @@ class LayerOptimizer(Optimizer):
     ) -> None:
         """Clip, and let the rule take each parameter along its update."""
         terms = [
-            _squeezed(group["lr"]) ** 2 * _dot(updates.get(p, p.grad), p.grad)
-            for group, params in work
+            _squeezed(x["lr"]) ** 2 * _dot(updates.get(p, p.grad), p.grad)
+            for x, params in work
             for p in params
         ]
         if not terms:
@@ -450,7 +452,7 @@ class LayerOptimizer(Optimizer):
         """Refuse to guess where the hooks were bypassed."""
         for layer in self.capture.layers if self.capture.recording else ():
             seen = layer in self.pending or self._memory(layer)
-            if not seen and any(p.grad is not None for p in layer.parameters):
+            if not seen and layer.gradient() is not None:
                 raise RuntimeError(
                     f"layer {layer.name!r} has a gradient, but "
                     f"{type(self).__name__} saw no forward pass of it; call "
@@ -571,7 +573,7 @@ def _squeezed(lr: float | Tensor) -> float | Tensor:
     return lr.squeeze() if isinstance(lr, Tensor) else lr
 
 
-# %% 08_kfac sec-kfac-bookkeeping 2 80b35166
+# %% 08_kfac sec-kfac-bookkeeping 2 07bb9c3e
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -583,7 +585,9 @@ class KFAC(LayerOptimizer):
         m ← momentum · m + ν u,    w ← w − lr · m
 
     The loss is taken as a mean over examples of a sum over outputs, the
-    negative log-likelihood that ``likelihood`` names.
+    negative log-likelihood that ``likelihood`` names. Statistics are this
+    process's own: under ``DistributedDataParallel`` replicas would drift
+    apart.
 
     Args:
         model: The module that the training loop calls, as ``model(x)``.
@@ -778,7 +782,7 @@ def _inverses_(factors: Tensor, shifts: Tensor) -> list[Tensor] | Tensor:
     return [gram(x) for x in L_inverse]
 
 
-# %% 08_kfac sec-kfac-ekfac 1 bb5e2b29
+# %% 08_kfac sec-kfac-ekfac 1 c939d26d
 def eigenvalue_correction(
     a: Tensor, g: Tensor, U_A: Tensor, U_G: Tensor
 ) -> Tensor:
@@ -800,8 +804,8 @@ def eigenvalue_correction(
         return g.square().sum((0, 2)).T @ a[:, 0].square() / N
     s = g.new_zeros(g.shape[-1], a.shape[-1])
     chunk = max(1, 2**22 // s.numel())  # examples' gradients at a time
-    for some_a, some_g in zip(a.split(chunk), g.split(chunk, 1), strict=True):
-        per_example = torch.einsum("mnro,nri->mnoi", some_g, some_a)
+    for A, G in zip(a.split(chunk), g.split(chunk, 1), strict=True):
+        per_example = torch.einsum("mnro,nri->mnoi", G, A)
         s += per_example.square().sum((0, 1))
     return s / N
 

@@ -339,6 +339,39 @@ def test_the_clip_bounds_the_step_and_keeps_its_direction():
     torch.testing.assert_close(whole * nu**2, torch.tensor(1e-4, dtype=torch.float64))
 
 
+def test_sharing_reaches_the_factors():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 2).double()
+    x = torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    (a, g) = pairs(conv, x)[0]
+    assert a.shape == (5, 9, 9)
+    for sharing in ("expand", "reduce"):
+        model = copy.deepcopy(conv)
+        optimizer = build(KFAC, model, sharing=sharing, fisher="type-2")
+        model(x).square().flatten(1).sum(1).mean().backward()
+        optimizer.step()
+        A, G = kronecker_factors(a, g, sharing)
+        memory = optimizer._memory(optimizer.capture.layers[0])
+        torch.testing.assert_close(memory["A"], A)
+        torch.testing.assert_close(memory["G"], G)
+
+
+def test_eigenvalues_are_kfacs_first_and_then_the_mean_of_the_corrections():
+    torch.manual_seed(0)
+    model, (x, y) = net(5, 4, 3), data()
+    optimizer = build(EKFAC, model, lr=0.0, fisher="type-2", inverse_update_every=1)
+    found = pairs(model, x)
+    for k in range(1, 6):
+        optimizer.zero_grad()
+        mse(model, x, y).backward()
+        optimizer.step()
+        for layer, (a, g) in zip(optimizer.capture.layers, found, strict=True):
+            m = optimizer._memory(layer)
+            outer = torch.outer(m["G_values"], m["A_values"])
+            best = eigenvalue_correction(a, g, m["A_vectors"], m["G_vectors"])
+            torch.testing.assert_close(m["s"], outer / k + best * (k - 1) / k, rtol=1e-6, atol=1e-9)
+
+
 # Training loops
 
 
