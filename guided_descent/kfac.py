@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a01c214d
+# %% head e0039702
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -32,7 +32,7 @@ from guided_descent.core import ENGINES, Names, Optimizer, Options
 from guided_descent.core import check_choice
 
 
-# %% 08_kfac sec-kfac-approximations 2 6b37dc2a
+# %% 08_kfac sec-kfac-approximations 2 c39f36a1
 def kronecker_factors(
     a: Tensor, g: Tensor, sharing: str = "expand"
 ) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def kronecker_factors(
     if sharing == "reduce":
         a, g = a.mean(1, keepdim=True), g.sum(2, keepdim=True)
     N, R = a.shape[:2]
-    return gram(a) / (N * R), gram(g) / N
+    return gram(a, weight=1 / (N * R)), gram(g, weight=1 / N)
 
 
 # %% 08_kfac sec-kfac-damping 1 3a28abb1
@@ -103,7 +103,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 080b196d
+# %% 08_kfac sec-kfac-bookkeeping 1 ffc1b6c7
 #: What is remembered of one layer, by name.
 Memory = dict[str, Tensor]
 
@@ -464,13 +464,11 @@ class LayerOptimizer(Optimizer):
         """Whether gradients and new statistics are finite, on the device."""
         raising = [x for x in work if x[0]["nonfinite"] == "raise"]
         super()._finite(raising)
-        flags = [
-            size.isfinite()
+        flags = [  # one pass; a sum hands an infinity or a NaN on
+            p.grad.sum(dtype=_wide(p.dtype)).isfinite()
             for group, params in work
-            if group["nonfinite"] == "skip" and params
-            for size in torch._foreach_norm(
-                [p.grad for p in params if p.numel()], math.inf
-            )
+            if group["nonfinite"] == "skip"
+            for p in params
         ]
         for layer, seen in self.pending.items():
             kind = self._group(layer)["nonfinite"]
@@ -573,7 +571,7 @@ def _squeezed(lr: float | Tensor) -> float | Tensor:
     return lr.squeeze() if isinstance(lr, Tensor) else lr
 
 
-# %% 08_kfac sec-kfac-bookkeeping 2 07bb9c3e
+# %% 08_kfac sec-kfac-bookkeeping 2 8a682f9a
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -711,7 +709,7 @@ class KFAC(LayerOptimizer):
             return {"F": squares.mean(0)}
         if layer.kind == "embedding":
             g = g.sum(2, keepdim=True) if self.sharing == "reduce" else g
-            return {"A": _frequencies(layer, a), "G": gram(g) / g.shape[1]}
+            return {"A": _frequencies(layer, a), "G": gram(g, weight=1 / g.shape[1])}
         A, G = kronecker_factors(a, g, self.sharing)
         return {"A": A, "G": G}
 
