@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 5c876593
+# %% head 98424ccd
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -14,9 +14,9 @@ from guided_descent.adaptive import (
 )
 from guided_descent.capture import (
     Capture,
-    Fisher,
+    FisherType,
     Layer,
-    Likelihood,
+    LikelihoodType,
     gram,
 )
 from guided_descent.core import (
@@ -95,11 +95,11 @@ __all__ = [
     "Capture",
     "CriticalBatch",
     "Engine",
-    "Fisher",
+    "FisherType",
     "GradientDescent",
     "Layer",
     "LayerOptimizer",
-    "Likelihood",
+    "LikelihoodType",
     "LogisticRegression",
     "Memory",
     "NAdam",

@@ -1,18 +1,18 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f217d9bc
+# %% head 62e178d2
 """Chapter 23, The machinery."""
 
 __all__ = [
     "Capture",
-    "Fisher",
+    "FisherType",
     "Layer",
-    "Likelihood",
+    "LikelihoodType",
     "gram",
 ]
 
 
-# %% 23_machinery sec-capture 1 45ef3361
+# %% 23_machinery sec-capture 1 ddcdf3f4
 import copy
 import dataclasses
 import weakref
@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from guided_descent.core import check_choice
 
 #: Whose gradients are captured; see ``Capture``.
-Fisher = Literal["mc", "type-2", "empirical", "none"]
+FisherType = Literal["mc", "type-2", "empirical", "none"]
 #: What the model's output means; see ``Capture``.
-Likelihood = Literal["categorical", "gaussian", "bernoulli"] | Callable[[Tensor], Tensor]
+LikelihoodType = Literal["categorical", "gaussian", "bernoulli"] | Callable[[Tensor], Tensor]
 
 
 # %% 23_machinery sec-capture 2 9f1fb23a
@@ -228,9 +228,9 @@ def _find_layers(model: nn.Module, trained: set[int]) -> tuple[list[Layer], list
     return list(layers.values()), list(sites.items())
 
 
-# %% 23_machinery sec-capture 5 53866e7a
+# %% 23_machinery sec-capture 5 b07a1546
 def _cotangents(
-    fisher: str, likelihood: Likelihood, f: Tensor, samples: int, class_dim: int, generator: torch.Generator | None
+    fisher: str, likelihood: LikelihoodType, f: Tensor, samples: int, class_dim: int, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
     """Gradients of each example's loss by the model's output ``f``, whose outer products sum to its curvature.
 
@@ -464,7 +464,7 @@ class _RootTap(torch.autograd.Function):
         return g, None
 
 
-# %% 23_machinery sec-capture 8 4ff1eb2d
+# %% 23_machinery sec-capture 8 633f0e5c
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """What a model returned, with a function applied to each tensor; containers are copied, not changed."""
     if isinstance(output, Tensor):
@@ -551,8 +551,8 @@ class Capture:
         model: nn.Module,
         *,
         consume: Callable[[Layer, Tensor, Tensor | None], None],
-        fisher: Fisher = "mc",
-        likelihood: Likelihood = "categorical",
+        fisher: FisherType = "mc",
+        likelihood: LikelihoodType = "categorical",
         samples: int = 1,
         generator: torch.Generator | None = None,
         parameters: Iterable[Parameter] | None = None,

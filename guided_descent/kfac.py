@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e0039702
+# %% head 15e8fed0
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 
-# %% 08_kfac sec-kfac-approximations 1 166d7ab9
+# %% 08_kfac sec-kfac-approximations 1 b66b7926
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,7 +27,8 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from guided_descent.capture import Capture, Fisher, Layer, Likelihood, gram
+from guided_descent.capture import Capture, FisherType, Layer
+from guided_descent.capture import LikelihoodType, gram
 from guided_descent.core import ENGINES, Names, Optimizer, Options
 from guided_descent.core import check_choice
 
@@ -571,7 +572,7 @@ def _squeezed(lr: float | Tensor) -> float | Tensor:
     return lr.squeeze() if isinstance(lr, Tensor) else lr
 
 
-# %% 08_kfac sec-kfac-bookkeeping 2 8a682f9a
+# %% 08_kfac sec-kfac-bookkeeping 2 f100e922
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -642,8 +643,8 @@ class KFAC(LayerOptimizer):
         *,
         momentum: float = 0.9,
         damping: float = 0.03,
-        fisher: Fisher = "mc",
-        likelihood: Likelihood = "categorical",
+        fisher: FisherType = "mc",
+        likelihood: LikelihoodType = "categorical",
         samples: int = 1,
         sharing: Literal["expand", "reduce"] = "expand",
         damping_split: Literal["exact", "pi"] = "exact",
