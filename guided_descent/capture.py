@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 62e178d2
+# %% head 71512885
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -464,7 +464,7 @@ class _RootTap(torch.autograd.Function):
         return g, None
 
 
-# %% 23_machinery sec-capture 8 633f0e5c
+# %% 23_machinery sec-capture 8 d0cdd00b
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """What a model returned, with a function applied to each tensor; containers are copied, not changed."""
     if isinstance(output, Tensor):
@@ -656,11 +656,17 @@ class Capture:
             inside = list(inside) if isinstance(inside, Iterable) else [output]
             tensors = [x for x in inside if isinstance(x, Tensor) and x.requires_grad and x.ndim]
             value = tensors[0] if len(tensors) == 1 else None
-        if not isinstance(value, Tensor) or value.ndim < (2 if self.likelihood == "categorical" else 1):
+        choice = self.likelihood == "categorical" and self.fisher in ("mc", "type-2")
+        if not isinstance(value, Tensor) or value.ndim < (2 if choice else 1):
             what = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(output).__name__
             raise ValueError(
                 f"the model returned {what}, and which tensor of shape (N, …) in it likelihood={self.likelihood!r} "
                 "speaks of is not evident; pass output=, a function from what the model returns to that tensor"
+            )
+        if choice and value.shape[self.class_dim] == 1:
+            raise ValueError(
+                f"the model returned {tuple(value.shape)}, one class, so likelihood='categorical' has no "
+                "curvature; pass likelihood='gaussian' or 'bernoulli', or the class_dim="
             )
         return value if value.requires_grad and value.numel() else None
 

@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 15e8fed0
+# %% head 3b76950e
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -104,7 +104,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 ffc1b6c7
+# %% 08_kfac sec-kfac-bookkeeping 1 1cfece1c
 #: What is remembered of one layer, by name.
 Memory = dict[str, Tensor]
 
@@ -113,12 +113,16 @@ Memory = dict[str, Tensor]
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Inside, matrix products know neither TF32 nor autocast."""
     matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    name, off = "fp32_precision", "ieee"
+    if not hasattr(matmul, name):  # before torch 2.9
+        name, off = "allow_tf32", False
+    before = getattr(matmul, name)
+    setattr(matmul, name, off)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        matmul.fp32_precision = before
+        setattr(matmul, name, before)
 
 
 class LayerOptimizer(Optimizer):
@@ -457,8 +461,8 @@ class LayerOptimizer(Optimizer):
                 raise RuntimeError(
                     f"layer {layer.name!r} has a gradient, but "
                     f"{type(self).__name__} saw no forward pass of it; call "
-                    "the model itself, as model(x), and differentiate a "
-                    "loss of its output"
+                    "the model itself, as model(x), not compiled, and "
+                    "differentiate a loss of its output"
                 )
 
     def _finite(self, work: Any) -> Tensor | None:
@@ -503,7 +507,12 @@ class LayerOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; the layers that it completes are watched from now."""
-        super().add_param_group(param_group)
+        names = {p: name for name, p in self.model.named_parameters()}
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if all(isinstance(p, Tensor) for p in params):
+            params = [(names.get(p, "outside the model"), p) for p in params]
+        super().add_param_group({**param_group, "params": params})
         if "capture" in vars(self):
             steps = self.param_groups[0]["steps"]
             self.param_groups[-1]["steps"] = steps
@@ -572,7 +581,7 @@ def _squeezed(lr: float | Tensor) -> float | Tensor:
     return lr.squeeze() if isinstance(lr, Tensor) else lr
 
 
-# %% 08_kfac sec-kfac-bookkeeping 2 f100e922
+# %% 08_kfac sec-kfac-bookkeeping 2 42ef246f
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -586,7 +595,8 @@ class KFAC(LayerOptimizer):
     The loss is taken as a mean over examples of a sum over outputs, the
     negative log-likelihood that ``likelihood`` names. Statistics are this
     process's own: under ``DistributedDataParallel`` replicas would drift
-    apart.
+    apart. A model has one such optimizer at a time: ``detach()`` the old
+    one before building another.
 
     Args:
         model: The module that the training loop calls, as ``model(x)``.
@@ -598,7 +608,9 @@ class KFAC(LayerOptimizer):
         damping: λ, in units of curvature, in [0, ∞); under
             ``relative_damping`` in units of the layer's mean curvature.
             Default 0.03. Zero needs ``damping_split="exact"``.
-        fisher: ``"mc"`` (default), ``"type-2"`` or ``"empirical"``.
+        fisher: ``"mc"`` (default), ``"type-2"`` or ``"empirical"``. The
+            last needs ``capture.loss_scale`` set where the loss is scaled
+            before ``backward``, as ``GradScaler`` does.
         likelihood: ``"categorical"`` (default), ``"gaussian"``,
             ``"bernoulli"`` or a callable; see ``Capture``.
         samples: Targets drawn for each example under ``"mc"``. Default 1.
@@ -663,7 +675,10 @@ class KFAC(LayerOptimizer):
         check_choice("sharing", sharing, ("expand", "reduce"))
         check_choice("damping_split", damping_split, ("exact", "pi"))
         self.sharing, self.relative_damping = sharing, relative_damping
-        self.derived = "_values" if damping_split == "exact" else "_inverse"
+        self.derived = "_values"
+        if damping_split == "pi":
+            self.derived = "_inverse"
+            self.ranges = self.ranges | {"damping": "(0, inf)"}
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -689,16 +704,6 @@ class KFAC(LayerOptimizer):
             params=params,
             **options,
         )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; the layers that it completes are watched from now."""
-        damping = param_group.get("damping", self.defaults["damping"])
-        if self.derived == "_inverse" and damping == 0:
-            raise ValueError(
-                "damping=0 with damping_split='pi' may divide by zero; "
-                "pass damping > 0, or damping_split='exact'"
-            )
-        super().add_param_group(param_group)
 
     def statistics(
         self, layer: Layer, a: Tensor, g: Tensor | None

@@ -787,6 +787,18 @@ def test_a_clear_error_where_the_output_is_not_evident():
         taker.capture.detach()
 
 
+def test_one_class_is_no_choice_and_where_nothing_is_drawn_the_likelihood_does_not_matter():
+    model = nn.Sequential(nn.Linear(4, 1))
+    taker = Taker(model)
+    with pytest.raises(ValueError, match=r"returned \(.*, 1\), one class, .* pass likelihood="):
+        model(torch.randn(N, 4))
+    taker.capture.detach()
+    for fisher in ("none", "empirical"):
+        taker = Taker(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), fisher=fisher)
+        taker.capture.model(torch.randn(N, 4)).square().mean().backward()
+        assert taker.names == ["0"]
+
+
 def test_what_cannot_be_watched_is_refused():
     class Opaque:
         def __init__(self, f):

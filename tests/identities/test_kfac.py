@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from guided_descent.kfac import (
     EKFAC,
     FOOF,
     KFAC,
+    _full_precision,
     damping_shifts,
     divide,
     eigenvalue_correction,
@@ -468,6 +470,22 @@ def test_layers_added_later_are_watched_from_then_on(method):
 
 
 @every_method
+@pytest.mark.parametrize("form", [list, tuple, lambda params: next(iter(params))], ids=["list", "tuple", "tensor"])
+def test_unfrozen_layers_are_added_without_naming_them(method, form):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    model[0].requires_grad_(False)
+    optimizer = build(method, model)
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": form(model[0].parameters()), "lr": 0.01})
+    assert optimizer.param_groups[1]["param_names"][0] == "0.weight"
+    assert [layer.name for layer in optimizer.capture.layers] == ["0", "2"]
+    temperature = torch.nn.Parameter(torch.ones(()))  # of the loss, say
+    optimizer.add_param_group({"params": [temperature]})
+    assert optimizer.param_groups[2]["params"] == [temperature]
+
+
+@every_method
 def test_loose_parameters_are_stepped_as_by_sgd(method):
     class Loose(nn.Module):
         def __init__(self):
@@ -855,7 +873,7 @@ BAD = [
     ({"stat_decay": 1.0}, "stat_decay=1.0 .* pass"),
     ({"sharing": "sum"}, "sharing='sum' is unknown; use"),
     ({"damping_split": "half"}, "damping_split='half' is unknown; use"),
-    ({"damping_split": "pi", "damping": 0.0}, "damping=0 with damping_split='pi'.*pass"),
+    ({"damping_split": "pi", "damping": 0.0}, r"damping=0.0 .* pass a number in \(0, inf\)"),
     ({"fisher": "exact"}, "fisher='exact' is unknown; use"),
     ({"likelihood": "poisson"}, "likelihood='poisson' is unknown; use"),
     ({"inverse_update_every": 0}, "inverse_update_every=0; pass"),
@@ -879,3 +897,13 @@ def test_what_is_no_model_is_refused():
         EKFAC(net(5, 3), damping_split="pi")
     with pytest.raises(TypeError, match="fisher"):
         FOOF(net(5, 3), fisher="mc")
+    with pytest.raises(ValueError, match=r"damping=0.0 .* pass a number in \(0, inf\)"):
+        FOOF(net(5, 3), damping=0)
+
+
+def test_full_precision_before_torch_had_fp32_precision(monkeypatch):
+    matmul = SimpleNamespace(allow_tf32=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    with _full_precision(torch.device("cpu")):
+        assert vars(matmul) == {"allow_tf32": False}
+    assert vars(matmul) == {"allow_tf32": True}
