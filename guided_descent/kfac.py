@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 3b76950e
+# %% head 73a3d205
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -814,7 +814,7 @@ def eigenvalue_correction(
     return s / N
 
 
-# %% 08_kfac sec-kfac-ekfac 2 993220c3
+# %% 08_kfac sec-kfac-ekfac 2 33098eac
 class EKFAC(KFAC):
     """EKFAC: K-FAC's eigenvectors with the best eigenvalues for them.
 
@@ -826,8 +826,9 @@ class EKFAC(KFAC):
     and from there on as ``KFAC``.
 
     Args:
-        model, lr, **options: As for ``KFAC``, but for ``damping_split``:
-            the basis is at hand, so damping is always exact.
+        model, lr: As for ``KFAC``.
+        **options: As for ``KFAC``, but for ``damping_split``: the basis is
+            at hand, so damping is always exact.
 
     Raises:
         ValueError, TypeError: As for ``KFAC``.
@@ -881,7 +882,7 @@ def _correct_words(
     return s.index_add_(1, indices.flatten(), squares) / len(indices)
 
 
-# %% 08_kfac sec-kfac-foof 1 ead7ddc7
+# %% 08_kfac sec-kfac-foof 1 a6bace4a
 class FOOF(KFAC):
     """FOOF: gradient descent on a layer's outputs, by ridge regression.
 
@@ -893,10 +894,11 @@ class FOOF(KFAC):
     ``η² ⟨u, ∇L⟩``, the squared change of the layers' outputs.
 
     Args:
-        model, lr, **options: As for ``KFAC``, without ``fisher``,
-            ``samples`` and ``damping_split``; ``likelihood`` is taken, so
-            that methods can be exchanged, and has no effect. Norm layers
-            have no input factor and are stepped as SGD would.
+        model, lr: As for ``KFAC``.
+        **options: As for ``KFAC``, without ``fisher``, ``samples`` and
+            ``damping_split``; ``likelihood`` is taken, so that methods can
+            be exchanged, and has no effect. Norm layers have no input
+            factor and are stepped as SGD would.
 
     Raises:
         ValueError, TypeError: As for ``KFAC``; ``damping`` is positive.
