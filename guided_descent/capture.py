@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 71512885
+# %% head 167f9317
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -273,7 +273,11 @@ def _cotangents(
             yield shaped(v)
 
 
-# %% 23_machinery sec-capture 6 598b00f7
+# %% 23_machinery sec-capture 6 2cb74d08
+#: The pass whose sampled gradients are on their way through a model, that no other capture may take for its own.
+_SAMPLING: "weakref.WeakKeyDictionary[nn.Module, _Pass]" = weakref.WeakKeyDictionary()
+
+
 class _Pass:
     """One forward call of the model: how many examples it had, and what its taps are to do when gradients arrive."""
 
@@ -321,11 +325,16 @@ class _Pass:
         """Send each cotangent from the model's output through the graph, which the user's backward still needs."""
         c = self.capture
         self.expected = c.samples if c.fisher == "mc" else output[0].numel()
+        outer = _SAMPLING.get(c.model)
+        _SAMPLING[c.model] = self
         try:
             for v in _cotangents(c.fisher, c.likelihood, output, c.samples, c.class_dim, c.generator):
                 torch.autograd.grad([root], list(self.anchors.values()), [v], retain_graph=True, allow_unused=True)
         finally:
             self.expected = 0
+            _SAMPLING.pop(c.model)
+            if outer is not None:
+                _SAMPLING[c.model] = outer
         for layer in list(self.ready):
             self.hand_over(layer)
 
@@ -352,7 +361,7 @@ class _Use:
     def receive(self, g: Tensor | None) -> None:
         """What the tap does with a gradient by the module's output."""
         at, fisher = self.at, self.at.capture.fisher
-        if not at.expected or self.x is None:
+        if not at.expected or self.x is None or _SAMPLING.get(at.capture.model, at) is not at:
             return
         if fisher == "empirical" and g is not None:
             g = g * (at.examples / at.capture.loss_scale)

@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 73a3d205
+# %% head f9c9e34b
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -104,7 +104,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 1cfece1c
+# %% 08_kfac sec-kfac-bookkeeping 1 596d2ca8
 #: What is remembered of one layer, by name.
 Memory = dict[str, Tensor]
 
@@ -224,8 +224,10 @@ class LayerOptimizer(Optimizer):
 
     def _attach(self) -> None:
         """Watch the layers of all parameters that are in some group."""
+        loss_scale: float | Tensor = 1.0
         if "capture" in vars(self):
             self.capture.detach()
+            loss_scale = self.capture.loss_scale
         ours = [p for group in self.param_groups for p in group["params"]]
         self.generator = torch.Generator(device=ours[0].device)
         self.capture = Capture(
@@ -235,6 +237,7 @@ class LayerOptimizer(Optimizer):
             parameters=ours,
             **self.capture_options,
         )
+        self.capture.loss_scale = loss_scale
         #: Means over the examples seen since the last step.
         self.pending: dict[Layer, dict[str, Any]] = {}
         #: Which of the layers in one parameter (a fused QKV has three).
@@ -581,7 +584,7 @@ def _squeezed(lr: float | Tensor) -> float | Tensor:
     return lr.squeeze() if isinstance(lr, Tensor) else lr
 
 
-# %% 08_kfac sec-kfac-bookkeeping 2 42ef246f
+# %% 08_kfac sec-kfac-bookkeeping 2 de676183
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -595,8 +598,8 @@ class KFAC(LayerOptimizer):
     The loss is taken as a mean over examples of a sum over outputs, the
     negative log-likelihood that ``likelihood`` names. Statistics are this
     process's own: under ``DistributedDataParallel`` replicas would drift
-    apart. A model has one such optimizer at a time: ``detach()`` the old
-    one before building another.
+    apart. ``detach()`` an optimizer before building another: its hooks
+    would go on to cost time.
 
     Args:
         model: The module that the training loop calls, as ``model(x)``.

@@ -799,6 +799,28 @@ def test_one_class_is_no_choice_and_where_nothing_is_drawn_the_likelihood_does_n
         assert taker.names == ["0"]
 
 
+@pytest.mark.parametrize("fisher", ["mc", "type-2", "empirical"])
+@pytest.mark.parametrize("other", ["mc", "type-2", "none"])
+@pytest.mark.parametrize("first", [True, False])
+def test_captures_of_one_model_do_not_take_each_others_gradients(fisher, other, first):
+    def taken(among):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        x, y = torch.randn(N, 4), torch.randint(0, 3, (N,))
+        makers = [lambda: Taker(model, fisher=fisher, generator=torch.Generator().manual_seed(1))]
+        if among:
+            makers.insert(0 if first else 1, lambda: Taker(model, fisher=other))
+        takers = [make() for make in makers]
+        nn.functional.cross_entropy(model(x), y).backward()
+        taker = takers[1 if among and first else 0]
+        return [pair[1:] for pair in taker.taken]
+
+    alone, together = taken(False), taken(True)
+    assert len(alone) == len(together) == 2
+    for (a, g), (b, h) in zip(alone, together, strict=True):
+        assert torch.equal(a, b) and torch.equal(g, h)
+
+
 def test_what_cannot_be_watched_is_refused():
     class Opaque:
         def __init__(self, f):

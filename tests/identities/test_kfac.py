@@ -477,9 +477,11 @@ def test_unfrozen_layers_are_added_without_naming_them(method, form):
     model[0].requires_grad_(False)
     optimizer = build(method, model)
     model[0].requires_grad_(True)
+    optimizer.capture.loss_scale = 8.0
     optimizer.add_param_group({"params": form(model[0].parameters()), "lr": 0.01})
     assert optimizer.param_groups[1]["param_names"][0] == "0.weight"
     assert [layer.name for layer in optimizer.capture.layers] == ["0", "2"]
+    assert optimizer.capture.loss_scale == 8.0
     temperature = torch.nn.Parameter(torch.ones(()))  # of the loss, say
     optimizer.add_param_group({"params": [temperature]})
     assert optimizer.param_groups[2]["params"] == [temperature]
