@@ -40,6 +40,7 @@ test-gpu: $(READY)
 bench: $(READY)
 	OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python benchmarks/step_time.py
 	OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python benchmarks/curvature_operators.py
+	OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python benchmarks/kfac_step.py
 
 tangle weave: $(READY)
 	$(BIN)/python -m literate $@

@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 46deba3b
+# %% head e4bebb0b
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -11,6 +11,13 @@ from guided_descent.adaptive import (
     AdamW,
     NAdam,
     RMSprop,
+)
+from guided_descent.capture import (
+    Capture,
+    FisherType,
+    Layer,
+    LikelihoodType,
+    gram,
 )
 from guided_descent.core import (
     ENGINES,
@@ -69,6 +76,18 @@ from guided_descent.feature_learning import (
     two_layer_moments,
     white_moments,
 )
+from guided_descent.kfac import (
+    EKFAC,
+    FOOF,
+    KFAC,
+    LayerOptimizer,
+    Memory,
+    damping_shifts,
+    divide,
+    eigenvalue_correction,
+    kronecker_factors,
+    rotate,
+)
 from guided_descent.newton import (
     BFGS,
     LBFGS,
@@ -119,8 +138,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BFGS",
+    "EKFAC",
     "ENGINES",
+    "FOOF",
     "GGN",
+    "KFAC",
     "LBFGS",
     "LIKELIHOODS",
     "OPTIONS",
@@ -132,19 +154,25 @@ __all__ = [
     "Adam",
     "AdamW",
     "Batch",
+    "Capture",
     "CriticalBatch",
     "CurvatureOperator",
     "EmpiricalFisher",
     "Engine",
     "Estimate",
     "Fisher",
+    "FisherType",
     "GradientDescent",
     "Hessian",
     "Jacobian",
+    "Layer",
+    "LayerOptimizer",
     "Likelihood",
+    "LikelihoodType",
     "LinearOperator",
     "LinearTask",
     "LogisticRegression",
+    "Memory",
     "Moments",
     "NAdam",
     "Names",
@@ -177,15 +205,20 @@ __all__ = [
     "check_range",
     "covariance_root",
     "critical_batch_size",
+    "damping_shifts",
     "digits",
+    "divide",
+    "eigenvalue_correction",
     "expected_loss",
     "feature_gradient",
     "gradient_covariance",
+    "gram",
     "head_gradient",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "hutchpp_trace",
     "kronecker_direction",
+    "kronecker_factors",
     "lanczos",
     "least_squares_head",
     "linear_tasks",
@@ -199,6 +232,7 @@ __all__ = [
     "per_example_gradients",
     "rademacher",
     "random_rotation",
+    "rotate",
     "rotation",
     "sgd_step",
     "single_index",

@@ -34,6 +34,12 @@ def test_the_chapter_in_the_readme_works_as_printed(tmp_path):
     assert [line for line in literate("check").stdout.splitlines() if name in line and "_toc.yml" not in line] == []
 
 
+def test_the_code_in_the_readme_runs():
+    blocks = re.findall(r"^```python\n(.*?)^```$", README.split("````markdown")[0], re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    exec("\n".join(blocks), {})
+
+
 def test_links_into_the_repository_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):

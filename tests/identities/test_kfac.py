@@ -1,0 +1,911 @@
+"""K-FAC, EKFAC and FOOF: where they are exact, what they are invariant to, and what may not go wrong."""
+
+import copy
+import io
+import math
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from guided_descent.capture import Capture
+from guided_descent.kfac import (
+    EKFAC,
+    FOOF,
+    KFAC,
+    _full_precision,
+    damping_shifts,
+    divide,
+    eigenvalue_correction,
+    kronecker_factors,
+)
+
+METHODS = [KFAC, EKFAC, FOOF]
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
+
+
+def net(*sizes, act=nn.Tanh, dtype=torch.float64, bias=True):
+    layers = []
+    for d_in, d_out in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(d_in, d_out, bias=bias), act()]
+    return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+def data(n=24, d=5, c=3, dtype=torch.float64, key=0):
+    generator = torch.Generator().manual_seed(key)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    y = torch.randn(n, c, generator=generator, dtype=torch.float64)
+    return x.to(dtype), y.to(dtype)
+
+
+def mse(model, x, y):
+    return (model(x) - y).square().flatten(1).sum(1).mean() / 2
+
+
+def build(method, model, **options):
+    options = {"lr": 0.1, "likelihood": "gaussian", **options}
+    return method(model, **options)
+
+
+def train(model, method, times, dtype=torch.float64):
+    for t in times:
+        x, y = data(key=t, dtype=dtype)
+        method.zero_grad()
+        mse(model, x, y).backward()
+        method.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def pairs(model, x, fisher="type-2", likelihood="gaussian", loss=None, **options):
+    """Each layer's (a, g), in the order of the layers."""
+    found = {}
+    options = {"fisher": fisher, "likelihood": likelihood, **options}
+    capture = Capture(model, consume=lambda layer, a, g: found.update({layer: (a, g)}), **options)
+    y = model(x)
+    (y.square().flatten(1).sum(1).mean() if loss is None else loss(y)).backward()
+    capture.detach()
+    model.zero_grad()
+    return [found[layer] for layer in capture.layers]
+
+
+def ggn_blocks(model, x, hessian=None):
+    """Dense Gauss–Newton blocks, weight and bias of a layer together, by forward-over-nothing jacobians."""
+    params = {n: p.detach() for n, p in model.named_parameters()}
+
+    def one(p, x):
+        return torch.func.functional_call(model, p, x[None])[0].flatten()
+
+    J = torch.func.vmap(torch.func.jacrev(one), (None, 0))(params, x)
+    outputs = torch.func.vmap(one, (None, 0))(params, x)
+    blocks = []
+    for name in dict.fromkeys(n.rpartition(".")[0] for n in params):
+        M = J[f"{name}.weight"].flatten(3)
+        if f"{name}.bias" in J:
+            M = torch.cat([M, J[f"{name}.bias"][..., None]], -1)
+        M = M.flatten(2)
+        H = torch.eye(M.shape[1], dtype=M.dtype).expand(len(x), -1, -1) if hessian is None else hessian(outputs)
+        blocks.append(torch.einsum("nci,ncd,ndj->ij", M, H, M) / len(x))
+    return blocks
+
+
+def softmax_hessian(z):
+    p = z.softmax(-1)
+    return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+
+
+# Exactness
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=5), st.integers(1, 8), st.booleans(), st.integers(0, 999))
+def test_deep_linear_networks_are_exact(sizes, n, bias, key):
+    torch.manual_seed(key)
+    model = net(*sizes, act=nn.Identity, bias=bias)
+    x, _ = data(n, sizes[0], sizes[-1], key=key)
+    for (a, g), block in zip(pairs(model, x), ggn_blocks(model, x), strict=True):
+        A, G = kronecker_factors(a, g)
+        torch.testing.assert_close(torch.kron(G, A), block, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
+def test_one_datum_is_exact_for_any_network(likelihood):
+    torch.manual_seed(0)
+    model, (x, _) = net(5, 4, 3), data(1)
+    hessian = softmax_hessian if likelihood == "categorical" else None
+    for (a, g), block in zip(pairs(model, x, likelihood=likelihood), ggn_blocks(model, x, hessian), strict=True):
+        A, G = kronecker_factors(a, g)
+        torch.testing.assert_close(torch.kron(G, A), block, rtol=1e-10, atol=1e-12)
+
+
+def test_one_datum_empirical_is_the_empirical_fisher():
+    torch.manual_seed(0)
+    model, (x, y) = net(5, 4, 3), data(1)
+    found = pairs(model, x, "empirical", loss=lambda z: (z - y).square().sum() / 2)
+    mse(model, x, y).backward()
+    for (a, g), linear in zip(found, (model[0], model[2]), strict=True):
+        v = torch.cat([linear.weight.grad, linear.bias.grad[:, None]], 1).flatten()
+        A, G = kronecker_factors(a, g)
+        torch.testing.assert_close(torch.kron(G, A), torch.outer(v, v), rtol=1e-12, atol=1e-14)
+
+
+def test_several_data_and_a_nonlinearity_are_not_exact():
+    torch.manual_seed(0)
+    model, (x, _) = net(5, 4, 3), data()
+    (a, g), block = pairs(model, x)[0], ggn_blocks(model, x)[0]
+    A, G = kronecker_factors(a, g)
+    assert (torch.kron(G, A) - block).norm() > 0.01 * block.norm()
+    swapped = torch.kron(A, G)  # the column-major order
+    assert (swapped - block).norm() > (torch.kron(G, A) - block).norm()
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical", "bernoulli"])
+def test_drawn_targets_converge_at_the_monte_carlo_rate(likelihood):
+    torch.manual_seed(0)
+    model, (x, _) = net(5, 4, 3), data()
+    exact = kronecker_factors(*pairs(model, x, likelihood=likelihood)[0])[1]
+    errors = []
+    for samples in (4, 256):
+        draws = [pairs(model, x, "mc", likelihood, samples=samples)[0] for _ in range(24)]
+        errors.append(sum((kronecker_factors(*d)[1] - exact).square().sum() for d in draws).sqrt())
+    assert 0.6 < errors[0] / errors[1] / 8 < 1.7
+
+
+class Pooled(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).mean(1)
+
+
+@pytest.mark.parametrize(("sharing", "kind"), [("expand", nn.Sequential), ("reduce", Pooled)])
+def test_sharing_is_exact_in_its_setting_and_not_in_the_other(sharing, kind):
+    torch.manual_seed(0)
+    model = kind(*net(5, 4, 3, act=nn.Identity))
+    x = torch.randn(6, 4, 5, dtype=torch.float64)
+    blocks = list(ggn_shared(model, x))
+    for (a, g), block in zip(pairs(model, x), blocks, strict=True):
+        right, wrong = (torch.kron(G, A) for A, G in (kronecker_factors(a, g, s) for s in order(sharing)))
+        torch.testing.assert_close(right, block, rtol=1e-10, atol=1e-12)
+        assert (wrong - block).norm() > 0.1 * block.norm()
+
+
+def order(sharing):
+    return ("expand", "reduce") if sharing == "expand" else ("reduce", "expand")
+
+
+def ggn_shared(model, x):
+    params = {n: p.detach() for n, p in model.named_parameters()}
+
+    def one(p, x):
+        return torch.func.functional_call(model, p, x[None])[0].flatten()
+
+    J = torch.func.vmap(torch.func.jacrev(one), (None, 0))(params, x)
+    for name in dict.fromkeys(n.rpartition(".")[0] for n in params):
+        M = torch.cat([J[f"{name}.weight"], J[f"{name}.bias"][..., None]], -1).flatten(2)
+        yield torch.einsum("nci,ncj->ij", M, M) / len(x)
+
+
+def test_a_pointwise_convolution_is_a_linear_layer_of_its_pixels():
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(3, 4, 1).double(), nn.Linear(3, 4).double()
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight[:, :, 0, 0])
+        linear.bias.copy_(conv.bias)
+    x = torch.randn(6, 3, 2, 2, dtype=torch.float64)
+    rows = x.permute(0, 2, 3, 1).reshape(6, 4, 3)
+    methods = []
+    for model, input in ((conv, x), (linear, rows)):
+        methods.append(build(KFAC, model, fisher="type-2"))
+        for _ in range(3):
+            methods[-1].zero_grad()
+            model(input).square().flatten(1).sum(1).mean().backward()
+            methods[-1].step()
+    torch.testing.assert_close(conv.weight[:, :, 0, 0], linear.weight)
+    torch.testing.assert_close(conv.bias, linear.bias)
+
+
+# The inverse
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.floats(1e-6, 10), st.integers(0, 999))
+def test_ekfac_is_never_farther_than_kfac(d_in, d_out, scale, key):
+    torch.manual_seed(key)
+    a = scale * torch.randn(7, 2, d_in, dtype=torch.float64).exp()
+    g = torch.randn(2, 7, 2, d_out, dtype=torch.float64) * a.sum(-1, keepdim=True)
+    v = torch.einsum("mnro,nri->mnoi", g, a).flatten(2).flatten(0, 1)
+    F = v.T @ v / 7
+    A, G = kronecker_factors(a, g)
+    U_A, U_G = torch.linalg.eigh(A)[1], torch.linalg.eigh(G)[1]
+    s = eigenvalue_correction(a, g, U_A, U_G)
+    U = torch.kron(U_G, U_A)
+    best = (F - U * s.flatten() @ U.T).norm()
+    assert best <= (F - torch.kron(G, A)).norm() * (1 + 1e-9) + 1e-12 * F.norm()
+    torch.testing.assert_close(s.flatten(), (U.T @ F @ U).diagonal(), rtol=1e-8, atol=1e-10 * float(F.norm()))
+
+
+def eye(M):
+    return torch.eye(len(M), dtype=M.dtype)
+
+
+@pytest.mark.parametrize("split", ["exact", "pi"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_step_is_a_dense_solve(split, relative):
+    torch.manual_seed(0)
+    model, (x, y) = net(5, 4, 3), data()
+    options = {"fisher": "type-2", "damping": 0.05, "kl_clip": math.inf, "momentum": 0.0}
+    method = build(KFAC, model, damping_split=split, relative_damping=relative, **options)
+    for layer, (a, g) in zip(method.capture.layers, pairs(model, x), strict=True):
+        A, G = kronecker_factors(a, g)
+        lam = 0.05 * (A.diagonal().mean() * G.diagonal().mean() if relative else 1)
+        if split == "pi":
+            up, down = damping_shifts(A, G, lam)
+            matrix = torch.kron(G + down * eye(G), A + up * eye(A))
+        else:
+            matrix = torch.kron(G, A) + lam * eye(torch.kron(G, A))
+        layer.expected = matrix
+    mse(model, x, y).backward()
+    before = [(layer.matrix(), layer.gradient()) for layer in method.capture.layers]
+    method.step()
+    for layer, (W, grad) in zip(method.capture.layers, before, strict=True):
+        u = torch.linalg.solve(layer.expected, grad.flatten()).view_as(W)
+        torch.testing.assert_close(W - layer.matrix(), 0.1 * u, rtol=1e-8, atol=1e-12)
+
+
+def test_the_split_minimises_the_trace_of_what_it_adds():
+    torch.manual_seed(0)
+    A, G = (M @ M.T for M in (torch.randn(4, 4), 9 * torch.randn(3, 3)))
+    up, down = damping_shifts(A, G, 0.1)
+    torch.testing.assert_close(up * down, torch.tensor(0.1))
+    excess = [torch.kron(G + down / k * torch.eye(3), A + up * k * torch.eye(4)).trace() for k in (0.9, 1.0, 1.1)]
+    assert excess[1] < min(excess[0], excess[2])
+
+
+def test_division_without_damping_leaves_the_null_space_alone():
+    curvature = torch.tensor([1.0, 0.0, 1e-20])
+    assert divide(torch.ones(3), curvature, 0.0).tolist() == [1.0, 0.0, 0.0]
+    assert divide(torch.ones(3), torch.zeros(3), 0.0).tolist() == [0.0, 0.0, 0.0]
+    assert divide(torch.ones(3), curvature, 0.5)[1:].tolist() == [2.0, 2.0]
+
+
+class Turned(nn.Module):
+    """A layer seen in other coordinates: W becomes Q_out W Q_inᵀ."""
+
+    def __init__(self, weight, left, right):
+        super().__init__()
+        self.inner = nn.Linear(*weight.shape[::-1], bias=False, dtype=weight.dtype)
+        self.left, self.right = left, right
+        with torch.no_grad():
+            self.inner.weight.copy_(left @ weight @ right.T)
+
+    def forward(self, x):
+        return self.inner(x @ self.right.T) @ self.left
+
+    def seen(self):
+        return self.left.T @ self.inner.weight.detach() @ self.right
+
+
+@every_method
+def test_the_step_does_not_see_a_rotation(method):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 5, dtype=torch.float64)
+    turns = [torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0] for d in (3, 5)]
+    ends = []
+    for left, right in (turns, [torch.eye(3, dtype=torch.float64), torch.eye(5, dtype=torch.float64)]):
+        model = Turned(weight, left, right)
+        options = {} if method is FOOF else {"fisher": "type-2"}
+        train(model, build(method, model, **options), range(6))
+        ends.append(model.seen())
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
+    assert (ends[0] - weight).norm() > 1e-3
+
+
+def test_foof_is_ridge_regression_on_the_outputs():
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(5, 3).double(), data()
+    method = FOOF(model, 0.3, damping=0.2, momentum=0.0, kl_clip=math.inf)
+    z = torch.cat([x, torch.ones(24, 1)], 1)
+    mse(model, x, y).backward()
+    back, layer = (model(x) - y).detach(), method.capture.layers[0]
+    before = layer.matrix()
+    method.step()
+    ridge = torch.linalg.solve(z.T @ z / 24 + 0.2 * torch.eye(6), z.T @ back / 24).T
+    torch.testing.assert_close(before - layer.matrix(), 0.3 * ridge)
+
+
+def test_the_clip_bounds_the_step_and_keeps_its_direction():
+    steps = {}
+    for clip in (math.inf, 1e-4):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        before = [p.detach().clone() for p in model.parameters()]
+        method = build(KFAC, model, momentum=0.0, kl_clip=clip)
+        x, y = data()
+        mse(model, x, y).backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        method.step()
+        steps[clip] = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+    ratios = [s / f for s, f in zip(steps[1e-4], steps[math.inf], strict=True)]
+    nu = float(ratios[0].flatten()[0])
+    assert 0 < nu < 1
+    for ratio in ratios:
+        torch.testing.assert_close(ratio, torch.full_like(ratio, nu))
+    whole = sum((f * g).sum() for f, g in zip(steps[math.inf], grads, strict=True)) * 0.1
+    torch.testing.assert_close(whole * nu**2, torch.tensor(1e-4, dtype=torch.float64))
+
+
+def test_sharing_reaches_the_factors():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 2).double()
+    x = torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    (a, g) = pairs(conv, x)[0]
+    assert a.shape == (5, 9, 9)
+    for sharing in ("expand", "reduce"):
+        model = copy.deepcopy(conv)
+        optimizer = build(KFAC, model, sharing=sharing, fisher="type-2")
+        model(x).square().flatten(1).sum(1).mean().backward()
+        optimizer.step()
+        A, G = kronecker_factors(a, g, sharing)
+        memory = optimizer._memory(optimizer.capture.layers[0])
+        torch.testing.assert_close(memory["A"], A)
+        torch.testing.assert_close(memory["G"], G)
+
+
+def test_eigenvalues_are_kfacs_first_and_then_the_mean_of_the_corrections():
+    torch.manual_seed(0)
+    model, (x, y) = net(5, 4, 3), data()
+    optimizer = build(EKFAC, model, lr=0.0, fisher="type-2", inverse_update_every=1)
+    found = pairs(model, x)
+    for k in range(1, 6):
+        optimizer.zero_grad()
+        mse(model, x, y).backward()
+        optimizer.step()
+        for layer, (a, g) in zip(optimizer.capture.layers, found, strict=True):
+            m = optimizer._memory(layer)
+            outer = torch.outer(m["G_values"], m["A_values"])
+            best = eigenvalue_correction(a, g, m["A_vectors"], m["G_vectors"])
+            torch.testing.assert_close(m["s"], outer / k + best * (k - 1) / k, rtol=1e-6, atol=1e-9)
+
+
+# Training loops
+
+
+@every_method
+def test_accumulation_is_the_whole_batch(method):
+    ends = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        options = {} if method is FOOF else {"fisher": "type-2"}
+        optimizer = build(method, model, **options)
+        for t in range(4):
+            x, y = data(key=t)
+            optimizer.zero_grad()
+            for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                (mse(model, xs, ys) / parts).backward()
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_stop_save_load_go_on_is_the_run_that_never_stopped(method, dtype):
+    def start():
+        torch.manual_seed(0)
+        model = net(5, 4, 3, dtype=dtype)
+        return model, build(method, model, inverse_update_every=4, factor_update_every=2)
+
+    model, optimizer = start()
+    expected = train(model, optimizer, range(12), dtype)
+    model, optimizer = start()
+    train(model, optimizer, range(5), dtype)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    torch.manual_seed(99)
+    model = net(5, 4, 3, dtype=dtype)
+    optimizer = build(method, model, lr=0.7, inverse_update_every=4, factor_update_every=2)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert same(train(model, optimizer, range(5, 12), dtype), expected)
+
+
+@every_method
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deep", "pickle"])
+def test_a_copy_goes_on_as_the_original_and_apart_from_it(method, duplicate):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    optimizer = build(method, model)
+    train(model, optimizer, range(3))
+    twin, twin_optimizer = duplicate((model, optimizer))
+    frozen = [p.detach().clone() for p in twin.parameters()]
+    expected = train(model, optimizer, range(3, 8))
+    assert same([p.detach() for p in twin.parameters()], frozen)
+    assert same(train(twin, twin_optimizer, range(3, 8)), expected)
+
+
+@every_method
+def test_groups_follow_their_own_settings(method):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    before = [p.detach().clone() for p in biases]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "lr": 0.0}]
+    optimizer = build(method, model, params=groups)
+    train(model, optimizer, range(3))
+    assert same([p.detach() for p in biases], before)
+    decayed = [p.detach().clone() for p in weights]
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    groups = [{"params": [p for p in model.parameters() if p.ndim == d]} for d in (2, 1)]
+    groups[1]["lr"] = 0.0
+    train(model, build(method, model, params=groups), range(3))
+    plain = [p.detach() for p in model.parameters() if p.ndim == 2]
+    assert not any(torch.equal(a, b) for a, b in zip(decayed, plain, strict=True))
+
+
+@every_method
+def test_layers_added_later_are_watched_from_then_on(method):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    optimizer = build(method, model, params=list(model[2].parameters()))
+    train(model, optimizer, range(2))
+    assert [layer.name for layer in optimizer.capture.layers] == ["2"]
+    before = model[0].weight.detach().clone()
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    train(model, optimizer, range(2, 4))
+    assert [layer.name for layer in optimizer.capture.layers] == ["0", "2"]
+    assert not torch.equal(before, model[0].weight) and optimizer.param_groups[1]["steps"] == 4
+
+
+@every_method
+@pytest.mark.parametrize("form", [list, tuple, lambda params: next(iter(params))], ids=["list", "tuple", "tensor"])
+def test_unfrozen_layers_are_added_without_naming_them(method, form):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    model[0].requires_grad_(False)
+    optimizer = build(method, model)
+    model[0].requires_grad_(True)
+    optimizer.capture.loss_scale = 8.0
+    optimizer.add_param_group({"params": form(model[0].parameters()), "lr": 0.01})
+    assert optimizer.param_groups[1]["param_names"][0] == "0.weight"
+    assert [layer.name for layer in optimizer.capture.layers] == ["0", "2"]
+    assert optimizer.capture.loss_scale == 8.0
+    temperature = torch.nn.Parameter(torch.ones(()))  # of the loss, say
+    optimizer.add_param_group({"params": [temperature]})
+    assert optimizer.param_groups[2]["params"] == [temperature]
+
+
+@every_method
+def test_loose_parameters_are_stepped_as_by_sgd(method):
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    model, x = Loose(), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    ours = build(method, model, kl_clip=math.inf)
+    theirs = torch.optim.SGD([x], lr=0.1, momentum=0.9)
+    for t in range(4):
+        model.w.grad = torch.full((3,), 0.5 + t, dtype=torch.float64)
+        x.grad = model.w.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(model.w, x)
+
+
+class Everything(nn.Module):
+    """A convolution, an embedding, norms, attention with a fused matrix, a tied head, a loose scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.scale = nn.Parameter(torch.ones(8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        h = self.embed(tokens)
+        h = h + self.conv(h.mT).mT
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        return self.head(self.norm(h * self.scale).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(KFAC, {"damping_split": "pi"}), *((m, {}) for m in METHODS)],
+    ids=["KFAC-pi", "KFAC", "EKFAC", "FOOF"],
+)
+def test_every_kind_of_layer_learns_and_resumes(method, options):
+    tokens = torch.randint(7, (32, 5), generator=torch.Generator().manual_seed(0))
+    target = tokens[:, 0] % 4
+
+    def start():
+        torch.manual_seed(0)
+        model = Everything().double()
+        return model, method(model, 0.1, likelihood="categorical", **options)
+
+    def run(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(tokens), target)
+            loss.backward()
+            optimizer.step()
+        return float(loss.detach())
+
+    model, optimizer = start()
+    names = {layer.name for layer in optimizer.capture.layers}
+    assert {"embed", "conv", "attention.q", "attention.k", "attention.v", "attention.out_proj", "head"} <= names
+    first = run(model, optimizer, 1)
+    for layer in optimizer.capture.layers:  # attention's four projections among them
+        assert optimizer._memory(layer) or (method is FOOF and layer.kind == "scale"), layer.name
+    before = [p.detach().clone() for p in model.parameters()]
+    run(model, optimizer, 20)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    end = run(model, optimizer, 20)
+    assert end < 0.5 * first
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert {"factors", "derived", "momentum"} == set(optimizer.memory()["head"])
+    again, resumed = start()
+    again.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    assert run(again, resumed, 20) == end
+
+
+def test_memory_counts_factors_and_what_is_derived():
+    model = net(5, 4, 3, dtype=torch.float32)
+    optimizer = build(KFAC, model)
+    train(model, optimizer, range(1), torch.float32)
+    report = optimizer.memory()
+    floats = {"factors": 6 * 6 + 4 * 4 + 1, "derived": 6 * 6 + 4 * 4 + 6 + 4, "momentum": 24}
+    assert report["0"] == {name: 4 * n for name, n in floats.items()}
+
+
+@every_method
+def test_detach_removes_every_hook(method):
+    model = net(5, 4, 3)
+    optimizer = build(method, model)
+    optimizer.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_evaluation_leaves_no_trace():
+    ends = []
+    for evaluate in (False, True):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        optimizer = build(KFAC, model)
+        for t in range(4):
+            if evaluate:
+                with torch.no_grad():
+                    model(data(key=50 + t)[0])
+                model.eval()
+                model(data(key=60 + t)[0])
+                model.train()
+            train(model, optimizer, [t])
+        ends.append([p.detach() for p in model.parameters()])
+    assert same(*ends)
+
+
+def test_inverse_work_is_spread_over_steps():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(10))).double()
+    optimizer = build(KFAC, model, inverse_update_every=5)
+    done = []
+    refresh = optimizer.refresh
+
+    def counted(side, memories, groups):
+        done[-1] += len(memories)
+        return refresh(side, memories, groups)
+
+    optimizer.refresh = counted
+    for t in range(13):
+        done.append(0)
+        x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert done[:3] == [20, 20, 20] and max(done[3:]) <= 5 and sum(done[3:8]) == sum(done[8:13]) == 20
+
+
+def test_batched_and_looped_factors_agree():
+    ends = []
+    for engine in ("auto", "loop"):
+        for split in ("exact", "pi"):
+            torch.manual_seed(0)
+            model = net(5, 5, 5, 3)
+            train(model, build(KFAC, model, engine=engine, damping_split=split), range(6))
+            ends.append([p.detach() for p in model.parameters()])
+    for a, b in zip(ends[0] + ends[1], ends[2] + ends[3], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_maximize_is_the_ascent_of_the_mirrored_loss():
+    ends = []
+    for sign in (1, -1):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        optimizer = build(KFAC, model, maximize=sign < 0)
+        for t in range(4):
+            x, y = data(key=t)
+            optimizer.zero_grad()
+            (sign * mse(model, x, y)).backward()
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert same(*ends)
+
+
+# What has gone wrong elsewhere
+
+
+@every_method
+def test_gradients_are_never_modified(method):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    optimizer = build(method, model, weight_decay=0.1)
+    x, y = data()
+    mse(model, x, y).backward()
+    before = [(id(p.grad), p.grad.clone()) for p in model.parameters()]
+    optimizer.step()
+    assert all(id(p.grad) == i and torch.equal(p.grad, g) for p, (i, g) in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("split", ["exact", "pi"])
+def test_damping_is_not_applied_in_place(split):
+    torch.manual_seed(0)
+    model, (x, y) = net(5, 4, 3), data()
+    optimizer = build(KFAC, model, damping=10.0, damping_split=split, fisher="type-2", lr=0.0, inverse_update_every=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        mse(model, x, y).backward()
+        optimizer.step()
+    for layer, (a, g) in zip(optimizer.capture.layers, pairs(model, x), strict=True):
+        A, G = kronecker_factors(a, g)
+        torch.testing.assert_close(optimizer._memory(layer)["A"], A)
+        torch.testing.assert_close(optimizer._memory(layer)["G"], G)
+
+
+def test_factors_and_eigenvectors_never_see_tf32(monkeypatch):
+    seen = []
+    matmul = torch.backends.cuda.matmul
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append((str(function), matmul.fp32_precision))
+            return function(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    model = net(5, 4, 3, dtype=torch.float32)
+    optimizer = build(EKFAC, model)
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        train(model, optimizer, range(2), torch.float32)
+        x, y = data(dtype=torch.float32)
+        mse(model, x, y).backward()
+        with Watch():
+            optimizer.step()
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    work = [mode for name, mode in seen if any(k in name for k in ("eigh", "mm", "matmul"))]
+    assert work and set(work) == {"ieee"}
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bit_parameters_have_factors_of_32(method, dtype):
+    torch.manual_seed(0)
+    model = net(5, 4, 3, dtype=dtype)
+    optimizer = build(method, model)
+    x, y = data(dtype=dtype)
+    start = float(mse(model, x, y).detach())
+    for _ in range(20):
+        optimizer.zero_grad()
+        mse(model, x, y).backward()
+        optimizer.step()
+    assert float(mse(model, x, y).detach()) < 0.9 * start
+    assert all(p.dtype == dtype for p in model.parameters())
+    memory = optimizer._memory(optimizer.capture.layers[0])
+    assert all(value.dtype == torch.float32 for value in memory.values())
+    copied = build(method, net(5, 4, 3, dtype=dtype))
+    copied.load_state_dict(optimizer.state_dict())
+    again = copied._memory(copied.capture.layers[0])
+    assert all(torch.equal(again[name], memory[name]) for name in memory)
+
+
+@every_method
+def test_autocast_leaves_factors_in_single_precision(method):
+    torch.manual_seed(0)
+    model = net(5, 4, 3, dtype=torch.float32)
+    optimizer = build(method, model)
+    x, y = data(dtype=torch.float32)
+    start = float(mse(model, x, y).detach())
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = mse(model, x, y)
+            loss.backward()
+            optimizer.step()
+    assert float(mse(model, x, y).detach()) < 0.9 * start
+    memory = optimizer._memory(optimizer.capture.layers[0])
+    assert all(value.dtype == torch.float32 for value in memory.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(KFAC, {"damping_split": "pi"}), *((m, {}) for m in METHODS), (KFAC, {"damping": 0.0})],
+    ids=["KFAC-pi", "KFAC", "EKFAC", "FOOF", "KFAC-undamped"],
+)
+def test_zero_inputs_and_gradients_give_a_finite_first_step(method, options):
+    model = net(5, 4, 3)
+    optimizer = build(method, model, **options)
+    x = torch.zeros(4, 5, dtype=torch.float64)
+    (model(x) * 0).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert same([p.detach() for p in model.parameters()], before)
+    train(model, optimizer, range(3))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("split", ["exact", "pi"])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_singular_statistics_give_a_finite_step(split, scale):
+    torch.manual_seed(0)
+    model = net(64, 32, 3, dtype=torch.float32)
+    optimizer = build(KFAC, model, damping=1e-6, damping_split=split)
+    x = scale * torch.ones(2, 64) * torch.tensor([[1.0], [1.0 + 1e-6]])  # rank one up to round-off
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(x) - 1).square().sum().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@every_method
+def test_a_step_with_an_infinity_never_happened(method, flags):
+    ends = []
+    for poisoned in (False, True):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        optimizer = build(method, model, inverse_update_every=1, seed=3)
+        for t in range(5):
+            x, y = data(key=t)
+            if poisoned and t in (0, 3):
+                before = copy.deepcopy(optimizer.state_dict()["state"])
+                optimizer.zero_grad()
+                (mse(model, x, y) * math.inf).backward()
+                optimizer.step()
+                after = optimizer.state_dict()["state"]
+                if t:
+                    for p, state in before.items():
+                        assert torch.equal(state["momentum_buffer"], after[p]["momentum_buffer"])
+                for group in optimizer.param_groups:
+                    group["steps"] -= 1  # for the same targets to be drawn
+                optimizer._prepare()
+            optimizer.zero_grad()
+            mse(model, x, y).backward()
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+        assert optimizer.skipped_steps == (2 if poisoned else 0)
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_statistics_that_are_not_finite_skip_or_raise_and_name_the_layer(flags):
+    for kind in ("skip", "raise", "propagate"):
+        model, (x, y) = net(5, 4, 3, dtype=torch.float32), data(dtype=torch.float32)
+        optimizer = build(KFAC, model, nonfinite=kind)
+        mse(model, x, y).backward()
+        optimizer.pending[optimizer.capture.layers[0]]["A"].fill_(math.nan)
+        before = [p.detach().clone() for p in model.parameters()]
+        if kind == "skip":
+            optimizer.step()
+            assert optimizer.skipped_steps == 1
+        else:
+            with pytest.raises(FloatingPointError, match="layer '0'"):
+                optimizer.step()
+        assert same([p.detach() for p in model.parameters()], before)
+
+
+@pytest.fixture(params=["host", "device"])
+def flags(request, monkeypatch):
+    """Flags as they are, or as on a device: not to be looked at."""
+    if request.param == "device":
+        monkeypatch.setattr("guided_descent.kfac._known", lambda flag: True if flag is None else None)
+
+
+def test_no_host_synchronisation(flags):
+    class NoItem(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default, "read back to the host"
+            return function(*args, **(kwargs or {}))
+
+    for split in ("exact", "pi"):
+        torch.manual_seed(0)
+        model, (x, y) = net(5, 4, 3), data()
+        optimizer = build(KFAC, model, damping_split=split, lr=torch.tensor(0.1))
+        train(model, optimizer, range(2))
+        optimizer.zero_grad()
+        with NoItem():
+            mse(model, x, y).backward()
+            optimizer.step()
+
+
+def test_a_forward_pass_that_bypasses_the_model_is_an_error_that_names_the_layer():
+    model, (x, y) = net(5, 4, 3), data()
+    optimizer = build(KFAC, model)
+    (model[2](torch.tanh(model[0](x))) - y).square().mean().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"layer '0' has a gradient.*call the model itself"):
+        optimizer.step()
+    assert same([p.detach() for p in model.parameters()], before)
+
+
+def test_a_tensor_learning_rate_is_the_same_number_and_stays_it():
+    ends = []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64), torch.tensor([0.1], dtype=torch.float64)):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        train(model, build(KFAC, model, lr=lr), range(4))
+        ends.append([p.detach() for p in model.parameters()])
+        assert float(lr) == 0.1
+    for end in ends[1:]:
+        for a, b in zip(end, ends[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+BAD = [
+    ({"damping": -1.0}, "damping=-1.0 .* pass"),
+    ({"kl_clip": 0.0}, "kl_clip=0.0 .* pass"),
+    ({"stat_decay": 1.0}, "stat_decay=1.0 .* pass"),
+    ({"sharing": "sum"}, "sharing='sum' is unknown; use"),
+    ({"damping_split": "half"}, "damping_split='half' is unknown; use"),
+    ({"damping_split": "pi", "damping": 0.0}, r"damping=0.0 .* pass a number in \(0, inf\)"),
+    ({"fisher": "exact"}, "fisher='exact' is unknown; use"),
+    ({"likelihood": "poisson"}, "likelihood='poisson' is unknown; use"),
+    ({"inverse_update_every": 0}, "inverse_update_every=0; pass"),
+    ({"factor_update_every": 1.5}, "factor_update_every=1.5; pass"),
+    ({"engine": "foreach"}, "engine='foreach' is unknown; use"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[str(o) for o, _ in BAD])
+def test_bad_arguments_are_named(options, message):
+    model = net(5, 4, 3)
+    with pytest.raises(ValueError, match=message):
+        build(KFAC, model, **options)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="model is a generator; pass the nn.Module"):
+        KFAC(net(5, 3).parameters())
+    with pytest.raises(TypeError, match="damping_split"):
+        EKFAC(net(5, 3), damping_split="pi")
+    with pytest.raises(TypeError, match="fisher"):
+        FOOF(net(5, 3), fisher="mc")
+    with pytest.raises(ValueError, match=r"damping=0.0 .* pass a number in \(0, inf\)"):
+        FOOF(net(5, 3), damping=0)
+
+
+def test_full_precision_before_torch_had_fp32_precision(monkeypatch):
+    matmul = SimpleNamespace(allow_tf32=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    with _full_precision(torch.device("cpu")):
+        assert vars(matmul) == {"allow_tf32": False}
+    assert vars(matmul) == {"allow_tf32": True}
