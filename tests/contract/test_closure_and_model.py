@@ -33,24 +33,24 @@ class Case:
     undone: dict[str, Any] = field(default_factory=dict)
 
 
-def of_parameters(cls, lr, refused, undone=None, **options):
+def of_parameters(cls, lr, refused):
+    return Case(cls, lambda model, **given: cls(model.parameters(), **given), lr, refused)
+
+
+def of_model(cls, lr, refused, undone=None):
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
     return Case(
-        cls, lambda model, **given: cls(model.parameters(), **{**options, **given}), lr, refused, undone=undone or {}
+        cls, lambda model, **given: cls(model, likelihood="gaussian", **given), lr, refused, dtypes, undone or {}
     )
-
-
-def of_model(cls, lr, refused, undone=None, **options):
-    options = {"likelihood": "gaussian", **options}
-    return Case(cls, lambda model, **given: cls(model, **{**options, **given}), lr, refused, undone=undone or {})
 
 
 EVERY = {"inverse_update_every": 1}
 CASES = {
-    "Newton": of_parameters(gd.Newton, 1.0, []),
-    "NewtonCG": of_parameters(gd.NewtonCG, 1.0, []),
-    "BFGS": of_parameters(gd.BFGS, 1.0, []),
-    "LBFGS": of_parameters(gd.LBFGS, 1.0, []),
-    "NaturalGradient": of_model(gd.NaturalGradient, 0.5, [{"damping": -1.0}]),
+    "Newton": of_parameters(gd.Newton, 1.0, [{"damping": -1.0}]),
+    "NewtonCG": of_parameters(gd.NewtonCG, 1.0, [{"max_cg": 0}, {"max_factor": 0.5}]),
+    "BFGS": of_parameters(gd.BFGS, 1.0, [{"max_iter": 0}, {"tolerance_grad": -1.0}]),
+    "LBFGS": of_parameters(gd.LBFGS, 1.0, [{"history_size": 0}, {"max_eval": 0}]),
+    "NaturalGradient": of_model(gd.NaturalGradient, 0.5, [{"damping": -1.0}, {"max_kl": 0.0}, {"tol": 1.0}]),
     "KFAC": of_model(gd.KFAC, 0.1, [{"damping": -1.0}], EVERY | {"fisher": "type-2"}),
     "EKFAC": of_model(gd.EKFAC, 0.1, [{"damping": -1.0}], EVERY | {"fisher": "type-2"}),
     "FOOF": of_model(gd.FOOF, 0.1, [{"damping": -1.0}], EVERY),
