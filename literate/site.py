@@ -175,6 +175,13 @@ def signature(app: Any, what: str, name: str, obj: Any, options: Any, arguments:
     return None
 
 
+def shorten_types(app: Any, domain: str, objtype: str, content: Any) -> None:
+    """Say `Tensor` for `~torch.Tensor` beside a `Literal`, where Sphinx gives up and prints the tilde."""
+    for text in list(content.findall(nodes.Text)):
+        if "Literal[" in text and "~" in text:
+            text.parent.replace(text, nodes.Text(re.sub(r"~(\w+\.)+", "", text)))
+
+
 def link_back(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """End a docstring with the section that derives it and the equations nearest to its cell."""
     if what == "module":
@@ -292,6 +299,7 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("source-read", api_page)
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", link_back, priority=900)  # after napoleon
+    app.connect("object-description-transform", shorten_types, priority=900)  # after autodoc's type hints
     app.connect("env-get-updated", number_chapters, priority=900)
     app.connect("html-page-context", adjust_page, priority=900)
     app.connect("build-finished", finish)
