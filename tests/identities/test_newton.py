@@ -264,7 +264,10 @@ def test_truncated_cg_stays_in_the_ball_and_beats_the_cauchy_point(seed, power):
     assert not far or abs(z.norm() / radius - 1) < 1e-9
     curvature, length = float(g @ H @ g), radius / float(g.norm())
     t = length if curvature <= 0 else min(length, float(g @ g) / curvature)
-    model = lambda z: float(g @ z + z @ H @ z / 2)  # noqa: E731
+
+    def model(z):
+        return float(g @ z + z @ H @ z / 2)
+
     assert model(z) <= model(-t * g) + 1e-9
 
 
@@ -378,11 +381,13 @@ def test_the_curvature_of_a_pair_comes_from_one_batch(method):
     H = torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64))
     optimizer = method([x], max_iter=1)
     for k in range(12):
-        shift = 100 * randn(3, seed=k)
-        optimizer.step(closure_of(optimizer, lambda: x @ H @ x / 2 + shift @ x))  # noqa: B023
-        state = optimizer.state[x]
+        shift, before = 100 * randn(3, seed=k), x.detach().clone()
+        optimizer.step(closure_of(optimizer, lambda shift=shift: x @ H @ x / 2 + shift @ x))
+        state, step = optimizer.state[x], x.detach() - before
         if method is gd.LBFGS:
             torch.testing.assert_close(state["old_stps"][-1] @ H, state["old_dirs"][-1], rtol=1e-6, atol=1e-6)
+        else:
+            torch.testing.assert_close(state["inverse_hessian"] @ H @ step, step, rtol=1e-6, atol=1e-6)
 
 
 @learns
@@ -633,7 +638,7 @@ def test_nonfinite_options(method):
             optimizer = small(method, params, **options)
             steps(optimizer, params, 1)
             before, state = [p.detach().clone() for p in params], repr(optimizer.state_dict()["state"])
-            closure = closure_of(optimizer, lambda: bumpy(params) * value)  # noqa: B023
+            closure = closure_of(optimizer, lambda params=params, value=value: bumpy(params) * value)
             if options.get("nonfinite") == "raise":
                 with pytest.raises(FloatingPointError, match="not finite .* use nonfinite='skip'"):
                     optimizer.step(closure)
@@ -828,11 +833,11 @@ def test_hooks_names_and_strides(method):
     assert calls == ["pre", "post"] and optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
 
     ends = []
-    for turn in (lambda x: x.t(), lambda x: x.t().contiguous()):
-        x = turn(randn(3, 2)).requires_grad_()
+    for x in (randn(3, 2).t(), randn(3, 2).t().contiguous()):
+        x.requires_grad_()
         optimizer = small(method, [x])
         for _ in range(3):
-            optimizer.step(closure_of(optimizer, lambda: (x**4 / 4 + x.cos()).sum() + x[0] @ x[1]))  # noqa: B023
+            optimizer.step(closure_of(optimizer, lambda x=x: (x**4 / 4 + x.cos()).sum() + x[0] @ x[1]))
         ends.append(x.detach())
     torch.testing.assert_close(*ends)
 
@@ -844,7 +849,10 @@ def test_a_network_in_single_precision(method):
     inputs = torch.randn(40, 2)
     target = (inputs[:, :1] * inputs[:, 1:]).sin()
     optimizer = method(model.parameters())
-    loss = lambda: (model(inputs) - target).square().mean()  # noqa: E731
+
+    def loss():
+        return (model(inputs) - target).square().mean()
+
     for _ in range(60):
         optimizer.step(closure_of(optimizer, loss))
     assert loss() < 0.02
