@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 167f9317
+# %% head 51daac49
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -33,7 +33,7 @@ FisherType = Literal["mc", "type-2", "empirical", "none"]
 LikelihoodType = Literal["categorical", "gaussian", "bernoulli"] | Callable[[Tensor], Tensor]
 
 
-# %% 23_machinery sec-capture 2 9f1fb23a
+# %% 23_machinery sec-capture 2 3e18aaca
 class Layer:
     """One matrix of parameters: a weight, and its bias as one more column.
 
@@ -45,7 +45,6 @@ class Layer:
         bias: Its bias, if there is one and it is trained.
         shape: (d_out, d_in), the bias counted in d_in. For ``"scale"`` one row for each feature and one column for each
             of weight and bias.
-        modules: How many modules use it; more than one where weights are tied.
     """
 
     def __init__(
@@ -57,9 +56,10 @@ class Layer:
         rows: slice = slice(None),
         bias_rows: slice = slice(None),
     ) -> None:
-        self.name, self.kind, self.weight, self.bias, self.modules = name, kind, weight, bias, 1
+        self.name, self.kind, self.weight, self.bias = name, kind, weight, bias
         self._rows, self._bias_rows = rows, bias_rows
-        self.shape: tuple[int, int] = tuple(self.matrix().shape)
+        columns = [self._columns(p, p.detach()) for p in self.parameters]
+        self.shape: tuple[int, int] = len(columns[0]), sum(x.shape[1] for x in columns)
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, {self.kind}, {self.shape[0]}×{self.shape[1]})"
@@ -90,13 +90,6 @@ class Layer:
             made.append((p, rows, part.reshape(p[rows].shape)))
         return made
 
-    @torch.no_grad()
-    def subtract_(self, update: Tensor, scale: float | Tensor = 1) -> None:
-        """Subtract ``scale · update``, a (d_out, d_in) matrix, from weight and bias; what has no gradient stays."""
-        for p, rows, part in self.pieces(update):
-            if p.grad is not None:
-                p[rows].sub_((part * scale).to(p.dtype))
-
     def _columns(self, p: Parameter, like: Tensor) -> Tensor:
         """A tensor shaped like ``p`` as columns of the matrix."""
         part = like[self._rows if p is self.weight else self._bias_rows]
@@ -105,7 +98,7 @@ class Layer:
         return part.reshape(-1, 1) if self.kind == "scale" or p is self.bias else part.flatten(1)
 
 
-# %% 23_machinery sec-capture 3 526a8deb
+# %% 23_machinery sec-capture 3 2531eeb4
 #: What is covered, as (kind, classes). A subclass with a ``forward`` of its own is not: nobody knows what it computes.
 _KINDS = {
     "linear": (nn.Linear,),
@@ -118,7 +111,7 @@ _MAX_GROUPS = 8
 
 
 def _kind_of(module: nn.Module) -> str | None:
-    """Which of ``KINDS`` a module is, or ``None``."""
+    """Which of ``_KINDS`` a module is, or ``None``."""
     for kind, classes in _KINDS.items():
         for cls in classes:
             if isinstance(module, cls) and type(module).forward is cls.forward:
@@ -158,7 +151,7 @@ def _features_last(module: nn.Module, y: Tensor) -> Tensor:
     return y.movedim(1, -1) if isinstance(module, _KINDS["conv"] + _KINDS["scale"]) else y
 
 
-# %% 23_machinery sec-capture 4 60ded8b7
+# %% 23_machinery sec-capture 4 b71450a3
 #: A layer of a module with its matrix, and the input channels and output features that are its.
 _Site = tuple[Layer, Tensor, slice, slice]
 #: The same, as a use needs it.
@@ -220,9 +213,7 @@ def _find_layers(model: nn.Module, trained: set[int]) -> tuple[list[Layer], list
         own_weight = weight if id(weight) in trained else None
         if own_weight is None and own_bias is None:
             continue
-        if w in layers:
-            layers[w].modules += 1
-        else:
+        if w not in layers:
             layers[w] = Layer(name, kind, own_weight, own_bias, *rows)
         sites.setdefault(module, []).append((layers[w], weight, channels, features))
     return list(layers.values()), list(sites.items())
@@ -711,27 +702,26 @@ class Capture:
             F.linear = self._linear.pop()
 
 
-# %% 23_machinery sec-capture 9 77a5da43
-def gram(x: Tensor, out: Tensor | None = None, decay: float = 0.0, weight: float = 1.0) -> Tensor:
-    """``out ← decay · out + weight · Σ x xᵀ``, summed over all rows of ``x``.
+# %% 23_machinery sec-capture 9 84caefc3
+def gram(x: Tensor, weight: float = 1.0) -> Tensor:
+    """``weight · Σ x xᵀ``, summed over all rows of ``x``, in single precision at least.
 
     Only blocks on and right of the diagonal are multiplied, 9/16 of a large matrix; the others are copied.
 
     Args:
         x: (…, d).
-        out: (d, d) and symmetric; changed in place. ``None``: a fresh matrix, of at least single precision.
-        decay: Of what is in ``out``. Default 0: it is overwritten.
         weight: Of the sum. Default 1.
+
+    Returns:
+        (d, d).
 
     Source: appendix "The machinery".
     """
-    x = x.reshape(-1, x.shape[-1])
-    if out is None:
-        out, decay = x.new_empty(x.shape[1], x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)), 0.0
-    x = x.to(out.dtype)
+    x = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+    out = x.new_empty(x.shape[1], x.shape[1])
     block = max(128, -(-x.shape[1] // 8))
     for i in range(0, x.shape[1], block):
         j = i + block
-        out[i:j, i:].addmm_(x[:, i:j].T, x[:, i:], beta=decay, alpha=weight)
+        out[i:j, i:].addmm_(x[:, i:j].T, x[:, i:], beta=0, alpha=weight)
         out[j:, i:j] = out[i:j, j:].T
     return out
