@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4f7e2d1a
+# %% head b1e9871d
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -654,7 +654,7 @@ class EmpiricalFisher(OutputCurvature):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-natural 1 a1db478a
+# %% 07_curvature_matrices sec-cm-natural 1 cde9a215
 class NaturalGradient(Optimizer):
     """Natural gradient: steepest descent where distance is KL divergence.
 
@@ -738,6 +738,15 @@ class NaturalGradient(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_choice("likelihood", group["likelihood"], LIKELIHOODS)
+        if not isinstance(group["iterations"], int):
+            raise TypeError(
+                f"iterations={group['iterations']!r}; pass an integer"
+            )
+        if group["state_dtype"] is not None:
+            raise ValueError(
+                f"state_dtype={group['state_dtype']} is not valid for "
+                "NaturalGradient, which has no state; pass None"
+            )
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
         """Take one step.
@@ -777,7 +786,11 @@ class NaturalGradient(Optimizer):
     def _evaluate(self, closure: Any) -> tuple[Tensor, list[Tensor]]:
         """The loss, and the model's outputs on the way to it."""
         if closure is None:
-            raise TypeError("NaturalGradient needs step(closure)")
+            raise TypeError(
+                "NaturalGradient evaluates the loss itself; use "
+                "step(closure) with a function that returns the loss and "
+                "does not call backward()"
+            )
         outputs: list[Any] = []
 
         def keep(module: nn.Module, args: Any, f: Any) -> None:
@@ -874,7 +887,7 @@ def _conjugate_gradients(
     x, r = 0 * b, b  # zero, or NaN where b is not finite
     p, rr = r, r @ r
     goal = tol**2 * rr
-    for _ in range(int(iterations)):
+    for _ in range(iterations):
         if rr <= goal:
             break
         Ap = A(p)
@@ -1006,7 +1019,7 @@ def hutchpp_trace(
     return Estimate((Q * (A @ Q)).sum() + rest.value, rest.error)
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 1 2b63a28d
+# %% 07_curvature_matrices sec-cm-spectrum 1 046a9404
 class Ritz(NamedTuple):
     """What Lanczos learns of a spectrum."""
 
@@ -1033,7 +1046,7 @@ def lanczos(
 
     Lanczos with full reorthogonalisation. It takes the memory of ``steps``
     vectors at once. It ends early when the Krylov space is invariant. Two
-    numbers are read back to the host in each step.
+    numbers are read back to the host in each step, more under ``top``.
 
     Args:
         A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
@@ -1077,8 +1090,9 @@ def lanczos(
         for _ in range(2):  # once is not enough
             w = w - seen.T @ (seen @ w)
         beta.append(w.norm())
-        largest = max(largest, float(alpha[-1].abs()), float(beta[-1]))
-        if k == len(V) or beta[-1] <= 10 * torch.finfo(A.dtype).eps * largest:
+        rest = float(beta[-1])
+        largest = max(largest, float(alpha[-1].abs()), rest)
+        if k == len(V) or rest <= 10 * torch.finfo(A.dtype).eps * largest:
             break
         if top and k >= top:
             theta, S = _tridiagonal(alpha, beta)

@@ -1,6 +1,6 @@
 # Generated from chapters/05_anisotropy.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a8b855ed
+# %% head 1e47b523
 """Chapter 05, Anisotropy."""
 
 __all__ = [
@@ -154,10 +154,8 @@ def white_moments(
     return Moments(xx, yx)
 
 
-# %% 05_anisotropy sec-aniso-task 4 8420a197
-def log_spaced(
-    d: int, kappa: float, *, dtype: torch.dtype = torch.float64
-) -> Tensor:
+# %% 05_anisotropy sec-aniso-task 4 0a0f6505
+def log_spaced(d: int, kappa: float) -> Tensor:
     """Eigenvalues evenly spaced on a log scale, with a mean of 1.
 
     Args:
@@ -173,7 +171,7 @@ def log_spaced(
     Source: chapter 05, "A task whose features are known".
     """
     check_range("kappa", kappa, "[1, inf)")
-    spectrum = torch.logspace(0, -math.log10(kappa), d, dtype=dtype)
+    spectrum = torch.logspace(0, -math.log10(kappa), d, dtype=torch.float64)
     return spectrum / spectrum.mean()
 
 

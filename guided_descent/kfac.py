@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f9c9e34b
+# %% head f95feff9
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -104,7 +104,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 596d2ca8
+# %% 08_kfac sec-kfac-bookkeeping 1 4b64df16
 #: What is remembered of one layer, by name.
 Memory = dict[str, Tensor]
 
@@ -247,6 +247,13 @@ class LayerOptimizer(Optimizer):
             first = layer.parameters[0]
             self.slots[layer] = str(taken[first])
             taken[first] += 1
+        #: Which parameter group each layer follows, by number.
+        self.numbers = {
+            layer: i
+            for layer in self.capture.layers
+            for i, group in enumerate(self.param_groups)
+            if any(p is layer.parameters[0] for p in group["params"])
+        }
         self._prepare()
 
     def _prepare(self) -> None:
@@ -297,11 +304,7 @@ class LayerOptimizer(Optimizer):
         return slots.setdefault(self.slots[layer], {})
 
     def _group(self, layer: Layer) -> dict[str, Any]:
-        first = layer.parameters[0]
-        groups = self.param_groups
-        return next(
-            x for x in groups if any(p is first for p in x["params"])
-        )
+        return self.param_groups[self.numbers[layer]]
 
     # Inverses
 
@@ -817,7 +820,7 @@ def eigenvalue_correction(
     return s / N
 
 
-# %% 08_kfac sec-kfac-ekfac 2 33098eac
+# %% 08_kfac sec-kfac-ekfac 2 a7d374f7
 class EKFAC(KFAC):
     """EKFAC: K-FAC's eigenvectors with the best eigenvalues for them.
 
@@ -844,7 +847,7 @@ class EKFAC(KFAC):
         self, model: nn.Module, lr: float | Tensor = 0.1, **options: Any
     ) -> None:
         if "damping_split" in options:
-            raise TypeError("EKFAC has no damping_split=; it needs none")
+            raise TypeError("EKFAC has no damping_split=: its damping is exact; leave it out")
         super().__init__(model, lr, **options)
 
     def statistics(
@@ -885,7 +888,7 @@ def _correct_words(
     return s.index_add_(1, indices.flatten(), squares) / len(indices)
 
 
-# %% 08_kfac sec-kfac-foof 1 a6bace4a
+# %% 08_kfac sec-kfac-foof 1 6b11e458
 class FOOF(KFAC):
     """FOOF: gradient descent on a layer's outputs, by ridge regression.
 
@@ -916,7 +919,7 @@ class FOOF(KFAC):
     ) -> None:
         for name in ("fisher", "samples", "damping_split"):
             if name in options:
-                raise TypeError(f"FOOF has no {name}=; it draws no targets")
+                raise TypeError(f"FOOF has no {name}=; leave it out")
         options |= {"fisher": "none", "damping_split": "pi"}
         super().__init__(model, lr, **options)
 

@@ -1,6 +1,6 @@
 # Generated from chapters/06_newton.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a9e5bc4e
+# %% head 07ab660a
 """Chapter 06, Newton and quasi-Newton."""
 
 __all__ = [
@@ -379,14 +379,14 @@ class VectorOptimizer(Optimizer):
                 )
 
 
-# %% 06_newton sec-newton-step 3 fd7153b8
+# %% 06_newton sec-newton-step 3 0f5b54fd
 class Newton(VectorOptimizer):
     """Newton's method, damped, with a line search.
 
     With H = V diag(λ) Vᵀ the Hessian and g the gradient::
 
         d ← −V (|λ| + damping)⁻¹ Vᵀ g
-        x ← x + t d       t ≤ lr or more, by a strong Wolfe line search
+        x ← x + t d       t from a strong Wolfe line search, lr first
 
     Where H is positive definite and ``damping = 0`` this is −H⁻¹ g. The
     absolute value turns a saddle from an attractor into a repeller.
@@ -590,7 +590,7 @@ def _rounding(f: float, g: Tensor) -> float:
     return 4 * torch.finfo(g.dtype).eps * abs(f)
 
 
-# %% 06_newton sec-cg 1 f03ff860
+# %% 06_newton sec-cg 1 8108f763
 def truncated_cg(
     product: Callable[[Tensor], Tensor],
     g: Tensor,
@@ -630,9 +630,10 @@ def truncated_cg(
                 return _to_boundary(z, p, radius), True
             return (z if z.any() else p), False
         step = rr / curvature
-        if (z + step * p).norm() >= radius:
+        ahead = z + step * p
+        if ahead.norm() >= radius:
             return _to_boundary(z, p, radius), True
-        z, r = z + step * p, r + step * Hp
+        z, r = ahead, r + step * Hp
         p = r @ r / rr * p - r
     return z, False
 
@@ -644,7 +645,7 @@ def _to_boundary(z: Tensor, p: Tensor, radius: float) -> Tensor:
     return z + (gap / (zp + root) if zp > 0 else (root - zp) / pp) * p
 
 
-# %% 06_newton sec-trust-region 1 b56d18bc
+# %% 06_newton sec-trust-region 1 3be7c6ad
 class NewtonCG(VectorOptimizer):
     """Newton's method without a Hessian: conjugate gradients in a ball.
 
@@ -655,7 +656,7 @@ class NewtonCG(VectorOptimizer):
         x ← x + z where ρ > 0.15, else stay;   r ← r/4, r or 2r by ρ
 
     A step is one trial: it evaluates the closure twice, and multiplies by H
-    up to ``max_cg`` times at the price of about two gradients each. A
+    up to ``max_cg + 1`` times, at about two gradients each. A
     refused trial leaves the parameters as they were. The closure returns
     the loss and does not call ``backward``.
 
@@ -663,7 +664,7 @@ class NewtonCG(VectorOptimizer):
         params: Parameters or one group of them; frozen ones are left out.
         lr: First trial step length: the radius is lr times a factor that
             starts at 1 and is remembered. In [0, ∞). Default 1.
-        max_cg: Most products with the Hessian a step, at least 1. ``None``
+        max_cg: Most products in conjugate gradients, at least 1. ``None``
             (default) means the number of parameters.
         max_factor: Largest factor of lr, in [1, ∞). Default 1000.
         **options: ``maximize``, ``engine``, ``nonfinite``, see
@@ -942,7 +943,7 @@ class BFGS(QuasiNewton):
         state["inverse_hessian"] = bfgs_update(inverse, s, y)
 
 
-# %% 06_newton sec-lbfgs 1 f7475be5
+# %% 06_newton sec-lbfgs 1 a542287a
 def two_loop(
     g: Tensor,
     steps: list[Tensor],
@@ -958,7 +959,7 @@ def two_loop(
         scale: θ, the matrix to begin with is θ I. Default 1.
 
     Returns:
-        Shape ``(d,)``; 4 m d multiplications, and no matrix.
+        Shape ``(d,)``; 5 m d multiplications, and no matrix.
 
     Source: Nocedal (1980), doi 10.1090/S0025-5718-1980-0572855-7. Chapter
         06, eq-two-loop.
@@ -974,7 +975,7 @@ def two_loop(
     return q
 
 
-# %% 06_newton sec-lbfgs 2 f83c89e5
+# %% 06_newton sec-lbfgs 2 d50872c4
 class LBFGS(QuasiNewton):
     """L-BFGS: BFGS from its last ``history_size`` pairs, without a matrix.
 
@@ -984,8 +985,8 @@ class LBFGS(QuasiNewton):
         x ← x − t B⁻¹ g        t from a strong Wolfe line search
 
     Memory 2 d · history_size. The closure is that of ``torch.optim.LBFGS``,
-    whose arguments, defaults and checkpoints these are, but for two: the
-    line search is on, and ``max_eval`` is off. Every pair (s, y) is
+    whose arguments and checkpoints this takes, and whose defaults it has
+    but for two: the line search is on, and ``max_eval`` is off. Every pair (s, y) is
     measured within one call of ``step``, on the same closure. (Without a
     line search the last pair of a step is completed by the next, as in
     torch.)

@@ -285,12 +285,10 @@ def test_selected_frozen_and_tied_parameters(make):
     tied[2].weight = tied[0].weight
     separate[2].weight.data.copy_(tied[0].weight)
     S, T = make(separate, (X, y)), make(tied, (X, y))
-    if make is OPERATORS["Hessian"] or make is OPERATORS["GGN"]:
-        E = torch.zeros(len(S), len(T)).double()  # how the separate parameters follow from the tied ones
-        E[:16, :16] = E[20:36, :16] = torch.eye(16)
-        E[16:20, 16:20] = E[36:40, 20:24] = torch.eye(4)
-        assert close(T.to_dense(), E.T @ S.to_dense() @ E)
-    assert len(T) == 24
+    E = torch.zeros(len(S), len(T)).double()  # how the separate parameters follow from the tied ones
+    E[:16, :16] = E[20:36, :16] = torch.eye(16)
+    E[16:20, 16:20] = E[36:40, 20:24] = torch.eye(4)
+    assert len(T) == 24 and close(T.to_dense(), E.T @ S.to_dense() @ E)
 
 
 @every_operator
@@ -706,6 +704,7 @@ def test_natural_gradient_refuses():
 
 def test_natural_gradient_refuses_classes_that_are_not_on_axis_1():
     """Logits (N, T, C) beside a loss that flattens them: F would be that of T classes, and the loss goes up."""
+    torch.manual_seed(0)
     X, y = torch.randn(2, 5, 4).double(), torch.randint(3, (2, 5))
     last, first = network(), nn.Sequential(network(), nn.Flatten(0, 1))
     start = copy.deepcopy(last.state_dict())
@@ -715,8 +714,8 @@ def test_natural_gradient_refuses_classes_that_are_not_on_axis_1():
         NaturalGradient(last).step(lambda: F.mse_loss(last(X[0]), X[0, :, :3]))
     assert all(torch.equal(p, start[name]) for name, p in last.state_dict().items())
     optimizer = NaturalGradient(first)
-    values = [float(optimizer.step(lambda: F.cross_entropy(first(X), y.flatten()))) for _ in range(4)]
-    assert values == sorted(values, reverse=True)
+    values = [float(optimizer.step(lambda: F.cross_entropy(first(X), y.flatten()))) for _ in range(8)]
+    assert values[-1] < values[0] / 2
 
 
 @pytest.mark.parametrize("returned", [None, 1.0, torch.ones(3)], ids=["none", "float", "vector"])
@@ -729,3 +728,11 @@ def test_natural_gradient_refuses_a_closure_without_a_loss(returned):
 
     with pytest.raises(TypeError, match="return the loss, a scalar tensor"):
         NaturalGradient(model).step(closure)
+
+
+def test_natural_gradient_refuses_what_it_would_ignore():
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="iterations=2.5; pass an integer"):
+        NaturalGradient(model, iterations=2.5)
+    with pytest.raises(ValueError, match="state_dtype=torch.float64 is not valid .* pass None"):
+        NaturalGradient(model, state_dtype=torch.float64)
