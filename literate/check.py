@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,7 @@ from literate.plain import Plain, figure_caption
 from literate.source import PACKAGE, Book, Cell, Chapter
 from literate.tangle import BANNER, first_difference, hand_edit, package
 
-CHECKED = re.compile(r"✓ \(([\w-]+)\)")
 IMAGES = ("image/png", "image/jpeg", "image/svg+xml")
-PLOTLY = "application/vnd.plotly.v1+json"
 LARGEST_IMAGE = 40_000  # bytes
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
 
@@ -53,7 +50,7 @@ def check(book: Book) -> list[Finding]:
             checked |= chapter.labels.keys()  # nothing more to say about a chapter without a notebook
             continue
         outputs = dict(zip(code_cells(chapter), notebook.outputs(stored)[1:], strict=False))
-        checked |= {label for found in outputs.values() for label in CHECKED.findall(_stdout(found))}
+        checked |= {tick["label"] for found in outputs.values() for tick in notebook.TICK.finditer(_stdout(found))}
         for index, found in outputs.items():
             findings += _output(chapter, chapter.cells[index], found)
     for label in book.labels.values():
@@ -189,7 +186,7 @@ def _notebook(book: Book, chapter: Chapter, stored: Any) -> Iterator[Finding]:
 def _output(chapter: Chapter, cell: Cell, outputs: list[Any]) -> Iterator[Finding]:
     """What a stored output may and must be."""
     data = [output.get("data", {}) for output in outputs]
-    figures = [mime for found in data for mime in found if mime in IMAGES or mime == PLOTLY]
+    figures = [mime for found in data for mime in found if mime in IMAGES or mime == notebook.PLOTLY]
     options = cell.metadata.get("mystnb", {})
     if figures and not options.get("image", {}).get("alt"):
         yield Finding(chapter.file, cell.line, "the figure has no alt text; add `mystnb: {image: {alt: …}}`")

@@ -160,7 +160,7 @@ def line(function):
         t = torch.tensor(t, dtype=torch.float64, requires_grad=True)
         f = function(t)
         (slope,) = torch.autograd.grad(f, t)
-        return gd.Trial(float(t), float(f.detach()), float(slope))
+        return gd.newton.Trial(float(t), float(f.detach()), float(slope))
 
     return phi
 
@@ -171,7 +171,7 @@ def test_both_wolfe_conditions_hold(seed, power, constants):
     a, b, c = randn(3, seed=seed)
     phi = line(lambda t: 0.1 * t**4 + a * t**3 + b * torch.sin(5 * t) * 0.3 + t**2 - (2 + c.abs() + 1.5 * b.abs()) * t)
     start, (c1, c2) = phi(0.0), constants
-    found = gd.strong_wolfe(phi, start, 10.0**power, c1=c1, c2=c2)
+    found = gd.newton.strong_wolfe(phi, start, 10.0**power, c1=c1, c2=c2)
     assert found.f <= start.f + c1 * found.t * start.slope + 1e-12
     assert abs(found.slope) <= c2 * abs(start.slope)
 
@@ -180,7 +180,7 @@ def test_the_search_backs_out_of_where_there_is_no_loss():
     phi = line(lambda t: t - torch.log(1.5 - t) * 0.1 - 2 * t * (1.4 - t))
     start = phi(0.0)
     for first in (1.0, 10.0, 1e6):
-        found = gd.strong_wolfe(phi, start, first)
+        found = gd.newton.strong_wolfe(phi, start, first)
         assert found.f < start.f and math.isfinite(found.slope) and found.t < 1.5
 
 
@@ -189,18 +189,18 @@ def test_the_search_ends_with_the_start_where_nothing_is_lower():
 
     def phi(t):
         calls.append(t)
-        return gd.Trial(t, 1.0 + t, -1.0)  # a slope that lies
+        return gd.newton.Trial(t, 1.0 + t, -1.0)  # a slope that lies
 
-    start = gd.Trial(0.0, 1.0, -1.0)
-    assert gd.strong_wolfe(phi, start, limit=10) == start and len(calls) <= 10
+    start = gd.newton.Trial(0.0, 1.0, -1.0)
+    assert gd.newton.strong_wolfe(phi, start, limit=10) == start and len(calls) <= 10
 
 
 @pytest.mark.parametrize("bad", [{"t": 0.0}, {"c1": 0.0}, {"c2": 1.0}, {"c1": 0.5, "c2": 0.4}])
 def test_the_search_refuses(bad):
     with pytest.raises(ValueError, match="outside its range; pass"):
-        gd.strong_wolfe(lambda t: gd.Trial(t, 0.0, 0.0), gd.Trial(0.0, 1.0, -1.0), **bad)
+        gd.newton.strong_wolfe(lambda t: gd.newton.Trial(t, 0.0, 0.0), gd.newton.Trial(0.0, 1.0, -1.0), **bad)
     with pytest.raises(ValueError, match="slope at the start is 0; pass a direction that leads downhill"):
-        gd.strong_wolfe(lambda t: gd.Trial(t, 0.0, 0.0), gd.Trial(0.0, 1.0, 0.0))
+        gd.newton.strong_wolfe(lambda t: gd.newton.Trial(t, 0.0, 0.0), gd.newton.Trial(0.0, 1.0, 0.0))
 
 
 # --- products and conjugate gradients -------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_products_and_hessian_are_autodiffs_over_several_parameters():
 def test_conjugate_gradients_are_exact_after_d_products(seed, d, power):
     H = Quadratic(spectrum(power, 0, d), random_rotation(d, generator(seed))).H
     g, calls = randn(d, seed=seed), []
-    z, far = gd.truncated_cg(lambda v: calls.append(v) or H @ v, g)
+    z, far = gd.newton.truncated_cg(lambda v: calls.append(v) or H @ v, g)
     torch.testing.assert_close(z, -torch.linalg.solve(H, g), rtol=1e-5, atol=1e-5)
     assert not far and len(calls) <= d
 
@@ -248,7 +248,7 @@ def test_conjugate_gradients_are_exact_after_d_products(seed, d, power):
 def test_conjugate_gradients_count_distinct_eigenvalues(distinct):
     lam = spectrum(1, 0, distinct).repeat_interleave(8)
     g, calls = randn(len(lam)), []
-    z, _ = gd.truncated_cg(lambda v: calls.append(v) or lam * v, g, tol=1e-10)
+    z, _ = gd.newton.truncated_cg(lambda v: calls.append(v) or lam * v, g, tol=1e-10)
     assert len(calls) == distinct
     torch.testing.assert_close(z, -g / lam, rtol=1e-9, atol=1e-9)
 
@@ -259,7 +259,7 @@ def test_truncated_cg_stays_in_the_ball_and_beats_the_cauchy_point(seed, power):
     Q, radius = random_rotation(6, generator(seed)), 10.0**power
     H = Q * (randn(6, seed=seed) * 3) @ Q.T
     g = randn(6, seed=seed + 1)
-    z, far = gd.truncated_cg(lambda v: H @ v, g, radius)
+    z, far = gd.newton.truncated_cg(lambda v: H @ v, g, radius)
     assert z.norm() <= radius * (1 + 1e-9)
     assert not far or abs(z.norm() / radius - 1) < 1e-9
     curvature, length = float(g @ H @ g), radius / float(g.norm())
@@ -274,11 +274,11 @@ def test_truncated_cg_stays_in_the_ball_and_beats_the_cauchy_point(seed, power):
 def test_truncated_cg_without_a_radius_stops_at_negative_curvature():
     H = torch.diag(torch.tensor([2.0, -1.0], dtype=torch.float64))
     g = torch.tensor([1.0, 0.1], dtype=torch.float64)
-    z, far = gd.truncated_cg(lambda v: H @ v, g)
+    z, far = gd.newton.truncated_cg(lambda v: H @ v, g)
     assert not far and g @ z < 0
-    z, _ = gd.truncated_cg(lambda v: -v, g)
+    z, _ = gd.newton.truncated_cg(lambda v: -v, g)
     assert torch.equal(z, -g)
-    assert not gd.truncated_cg(lambda v: v, torch.zeros(3))[0].any()
+    assert not gd.newton.truncated_cg(lambda v: v, torch.zeros(3))[0].any()
 
 
 def test_a_refused_trial_leaves_the_parameters_and_shrinks_the_radius():
@@ -313,7 +313,7 @@ def test_the_update_satisfies_the_secant_equation_and_stays_positive(seed, d):
     A = randn(d, d, seed=seed)
     old = A @ A.T + torch.eye(d, dtype=torch.float64)
     (s,), (y,) = pairs(d, 1, seed)
-    new = gd.bfgs_update(old, s, y)
+    new = gd.newton.bfgs_update(old, s, y)
     rho, eye = 1 / (s @ y), torch.eye(d, dtype=torch.float64)
     left = eye - rho * torch.outer(s, y)
     torch.testing.assert_close(new, left @ old @ left.T + rho * torch.outer(s, s), rtol=1e-9, atol=1e-9)
@@ -327,11 +327,11 @@ def test_two_loops_are_the_dense_inverse(seed, d, m, scale):
     steps, changes = pairs(d, m, seed)
     inverse = scale * torch.eye(d, dtype=torch.float64)
     for s, y in zip(steps, changes, strict=True):
-        inverse = gd.bfgs_update(inverse, s, y)
+        inverse = gd.newton.bfgs_update(inverse, s, y)
     g = randn(d, seed=seed + 1)
     expected = inverse @ g
     tol = 1e-8 * float(torch.linalg.cond(inverse) ** 0.5 + expected.norm())
-    torch.testing.assert_close(gd.two_loop(g, steps, changes, scale), expected, rtol=tol, atol=tol)
+    torch.testing.assert_close(gd.newton.two_loop(g, steps, changes, scale), expected, rtol=tol, atol=tol)
 
 
 def test_lbfgs_with_a_full_memory_is_bfgs():
@@ -342,7 +342,7 @@ def test_lbfgs_with_a_full_memory_is_bfgs():
     changes = [b[1] - a[1] for a, b in zip(points, points[1:], strict=False)]
     inverse = optimizer.state[optimizer.param_groups[0]["params"][0]]["inverse_hessian"]
     g = points[-1][1]
-    torch.testing.assert_close(gd.two_loop(g, steps, changes), inverse @ g, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(gd.newton.two_loop(g, steps, changes), inverse @ g, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(inverse @ changes[-1], steps[-1], rtol=1e-6, atol=1e-9)
 
     class Plain(gd.BFGS):
