@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from literate import notebook
+from literate import notebook, pieces
 from literate.depend import code_cells, magics, syntax
 from literate.myst import SourceError, directive, parse
 from literate.plain import Plain, figure_caption
@@ -127,8 +127,9 @@ def _text(book: Book, chapter: Chapter) -> Iterator[Finding]:
 
 
 def _code(book: Book, chapter: Chapter) -> Iterator[Finding]:
-    """No magics; checks name equations; a cell that is not compared asserts."""
-    for cell in chapter.cells:
+    """No magics; methods reach the package; checks name equations; a cell that is not compared asserts."""
+    exported = {export.cell for export in chapter.exports}
+    for index, cell in enumerate(chapter.cells):
         if cell.kind != "code":
             continue
         try:
@@ -140,6 +141,10 @@ def _code(book: Book, chapter: Chapter) -> Iterator[Finding]:
             yield Finding(
                 chapter.file, cell.line + offset, f"a raw magic, {text[:30]}; write Python, nbval hides failures"
             )
+        for mark in (mark for node in tree.body for mark in pieces.decorated(node) if index not in exported):
+            if owner := next((n.id for n in ast.walk(mark) if isinstance(n, ast.Name) and n.id in book.public), None):
+                line = cell.line + mark.lineno - 1
+                yield Finding(chapter.file, line, f"a method of {owner} that the package lacks; add `#| export`")
         asserts = False
         for node in ast.walk(tree):
             name = _called(node)

@@ -9,14 +9,18 @@ from dataclasses import dataclass, field, replace
 from literate.myst import SourceError
 
 
+def parse(code: str, file: str, line: int) -> ast.Module:
+    """The syntax tree of code that starts at `line` of `file`."""
+    try:
+        return ast.parse(code)
+    except SyntaxError as error:
+        raise SourceError(file, line + (error.lineno or 1) - 1, f"syntax error: {error.msg}; mend it") from None
+
+
 def public(code: str, file: str, line: int) -> tuple[str, ...]:
     """The public names that code binds at its top level, imports apart; one that may be left unbound raises."""
-    try:
-        tree = ast.parse(code)
-    except SyntaxError as error:
-        raise SourceError(file, line + (error.lineno or 1) - 1, f"syntax error: {error.msg}; mend the cell") from None
     flow = _Flow()
-    end = flow.block(tree.body, _State()) or _State()
+    end = flow.block(parse(code, file, line).body, _State()) or _State()
     names = [name for name in flow.lines if name in end.possible and not name.startswith("_")]
     for name in names:
         if name not in end.sure:
@@ -95,7 +99,8 @@ class _Flow:
             case ast.For() | ast.AsyncFor() | ast.While():
                 inside = self.bind(node, _named([node.target] if hasattr(node, "target") else []), state)
                 ran = _join(state, self.block(node.body, inside))
-                return _join(ran, self.block(node.orelse, ran))
+                ended = self.block(node.orelse, ran)
+                return _join(ran, ended) if any(isinstance(n, ast.Break) for n in ast.walk(node)) else ended
             case ast.With() | ast.AsyncWith():
                 inside = self.bind(node, _named([i.optional_vars for i in node.items if i.optional_vars]), state)
                 swallows = any("suppress" in ast.unparse(item.context_expr) for item in node.items)

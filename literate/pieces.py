@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from literate.myst import SourceError
+from literate.names import parse
 
 INDENT = "    "
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
@@ -35,7 +36,7 @@ def decorated(node: ast.AST) -> list[ast.expr]:
 
 def read(code: str, file: str, line: int) -> Piece | None:
     """The piece that an export cell, which starts at `line` of `file`, holds; every malformed one raises."""
-    tree = ast.parse(code)
+    tree = parse(code, file, line)
 
     def error(node: Any, message: str) -> SourceError:
         return SourceError(file, line + node.lineno - 1, message)
@@ -121,11 +122,7 @@ def dedent(code: str, owner: str, file: str, line: int) -> str:
 def restore(code: str, owner: str | None, file: str, line: int) -> str:
     """Code of the package as the chapter writes it: of a class `owner`, each function under its `@method_of`."""
     code = dedent(code, owner, file, line) if owner else code
-    try:
-        tree = ast.parse(code)
-    except SyntaxError as error:
-        at = line + (error.lineno or 1) - 1
-        raise SourceError(file, at, f"syntax error: {error.msg}; mend it") from None
+    tree = parse(code, file, line)
     lines = code.split("\n")
     for node in reversed(tree.body) if owner else ():
         if not isinstance(node, FUNCTIONS):

@@ -502,9 +502,9 @@ def _exports(chapter: Chapter) -> Iterator[Export]:
             at = line + code.count("\n", 0, marker.start())
             raise SourceError(chapter.file, at, "a line that looks like a marker; write its `# %% ` otherwise")
         ordinals[cell.section] += 1
-        bound = names.public(code, chapter.file, line)
         piece = pieces.read(code, chapter.file, line)
-        yield Export(home, cell.section, ordinals[cell.section], code, () if piece else bound, line, index, piece)
+        bound = () if piece else names.public(code, chapter.file, line)
+        yield Export(home, cell.section, ordinals[cell.section], code, bound, line, index, piece)
 
 
 def _check_directive(file: str, line: int, word: str, arguments: list[str]) -> None:
