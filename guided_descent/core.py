@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 07146d6a
+# %% head 5b28e489
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -18,11 +18,10 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-optimizer 1 4626266b
-import inspect
+# %% 23_machinery sec-optimizer 1 d551f300
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
@@ -69,39 +68,60 @@ class Names:
             setattr(self, name, value)
 
 
-# %% 23_machinery sec-ranges 1 c9dc5982
+# %% 23_machinery sec-ranges 1 823d32d7
 #: Valid ranges of the hyperparameters that mean the same in every optimizer.
-RANGES = {
+RANGES: dict[str, str | tuple[str, ...]] = {
     "lr": "[0, inf)",
     "momentum": "[0, 1)",
     "dampening": "[0, 1]",
-    "betas": "[0, 1)",
+    "betas": ("[0, 1)", "[0, 1)"),
     "eps": "[0, inf)",
     "weight_decay": "[0, inf)",
 }
 
 
-def check_range(name: str, value: float | Tensor, interval: str) -> None:
+def check_range(name: str, value: Any, interval: str | tuple[str, ...]) -> None:
     """Refuse a number outside an interval.
 
     Args:
         name: The argument's name, for the message.
-        value: A number, or a tensor with exactly one element.
-        interval: Such as ``"[0, 1)"``: a square bracket includes the bound, a round one excludes it.
+        value: A number, or a tensor with exactly one element; for a tuple of
+            intervals a tuple or list of as many.
+        interval: Such as ``"[0, 1)"``: a square bracket includes the bound, a
+            round one excludes it. ``"[1, inf) int"`` asks for an integer, and
+            ``"[1, inf) int | None"`` allows ``None`` too.
 
     Raises:
-        TypeError: ``value`` is not a number.
-        ValueError: ``value`` lies outside, or is not finite.
+        TypeError: ``value`` is not a number, or not an integer.
+        ValueError: ``value`` lies outside, is not finite, or has another form.
     """
+    if isinstance(interval, tuple):
+        if not (isinstance(value, tuple | list) and len(value) == len(interval)):
+            raise ValueError(
+                f"{name}={value!r} has another form; pass {len(interval)} numbers, "
+                f"in {', '.join(interval)}"
+            )
+        for number, part in zip(value, interval, strict=True):
+            check_range(name, number, part)
+        return
+    span, _, none = interval.partition(" | ")
+    if none and value is None:
+        return
+    kind, noun = Real | Tensor, "a number"
+    if span.endswith(" int"):
+        span, kind, noun = span.removesuffix(" int"), Integral, "an integer"
+    remedy = f"pass {noun} in {span}{' or None' if none else ''}"
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; {remedy}")
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; pass a number in {interval} or a one-element tensor")
-    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number in {interval}")
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    above = low <= value if interval[0] == "[" else low < value
-    below = value <= high if interval[-1] == "]" else value < high
+        shape = tuple(value.shape)
+        raise ValueError(f"{name} has shape {shape}; {remedy} or a one-element tensor")
+    low, high = (float(bound) for bound in span[1:-1].split(","))
+    above = low <= value if span[0] == "[" else low < value
+    below = value <= high if span[-1] == "]" else value < high
     if not (above and below):
-        raise ValueError(f"{name}={float(value)} is outside its range; pass a number in {interval}")
+        shown = value if kind is Integral else float(value)
+        raise ValueError(f"{name}={shown} is outside its range; {remedy}")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -200,7 +220,7 @@ class Batch:
     __radd__, __rmul__ = __add__, __mul__
 
 
-# %% 23_machinery sec-base-class 1 0a82bfbc
+# %% 23_machinery sec-base-class 1 05ab7f10
 class Optimizer(torch.optim.Optimizer):
     """The base of every optimizer here: it runs a subclass's ``rule`` over all parameters.
 
@@ -228,8 +248,8 @@ class Optimizer(torch.optim.Optimizer):
     elementwise = True
     #: State that is one number, shared by tensors with the same history. The rule finds its value in ``h``.
     clocks: tuple[str, ...] = ()
-    #: Ranges of hyperparameters that only this method has.
-    ranges: dict[str, str] = {}
+    #: Ranges of hyperparameters that only this method has, or has in another form.
+    ranges: dict[str, str | tuple[str, ...]] = {}
     #: The engines it can run on.
     engines: tuple[str, ...] = ("auto", "loop", "foreach", "fused", "compile")
     #: Whether ``step`` needs a closure.
@@ -270,17 +290,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse what is out of range or of the wrong kind."""
-        usual = {name: x.default for name, x in inspect.signature(type(self).__init__).parameters.items()}
         for name, interval in {**RANGES, **self.ranges}.items():
-            if name not in self.defaults:
-                continue
-            value, default = group[name], usual.get(name)
-            if isinstance(default, tuple) and not (isinstance(value, tuple | list) and len(value) == len(default)):
-                raise ValueError(f"{name}={value!r} has another form than the default {default!r}; pass one like it")
-            pairs = zip(value, default, strict=True) if isinstance(default, tuple) else [(value, default)]
-            for number, example in pairs:
-                if not (number is None and example is None):
-                    check_range(name, number, interval)
+            if name in self.defaults:
+                check_range(name, group[name], interval)
         check_choice("engine", group["engine"], self.engines)
         check_choice("nonfinite", group["nonfinite"], ("propagate", "skip", "raise"))
         check_choice("maximize", group["maximize"], (False, True))

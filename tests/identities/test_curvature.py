@@ -529,7 +529,7 @@ def test_estimates_refuse_nonsense():
         lambda: lanczos(A, 3, tol=0.0),
         lambda: spectral_density(A, torch.zeros(1), width=0.0),
     ):
-        with pytest.raises(ValueError, match="pass a number in"):
+        with pytest.raises(ValueError, match="pass (a number|an integer) in"):
             call()
     for start in (torch.zeros(8), torch.ones(7), torch.full((8,), float("nan"))):
         with pytest.raises(ValueError, match="start has shape"):
@@ -732,7 +732,7 @@ def test_natural_gradient_refuses_a_closure_without_a_loss(returned):
 
 def test_natural_gradient_refuses_what_it_would_ignore():
     model = nn.Linear(2, 2)
-    with pytest.raises(TypeError, match="iterations=2.5; pass an integer"):
+    with pytest.raises(TypeError, match=r"iterations=2.5 is a float; pass an integer in \[1, inf\)"):
         NaturalGradient(model, iterations=2.5)
     with pytest.raises(ValueError, match="state_dtype=torch.float64 is not valid .* pass None"):
         NaturalGradient(model, state_dtype=torch.float64)
