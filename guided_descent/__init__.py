@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e4bebb0b
+# %% head f3b47e15
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -93,10 +93,8 @@ from guided_descent.newton import (
     LBFGS,
     Newton,
     NewtonCG,
-    Objective,
     QuasiNewton,
     Trial,
-    VectorOptimizer,
     bfgs_update,
     strong_wolfe,
     truncated_cg,
@@ -132,6 +130,13 @@ from guided_descent.sgd import (
     SGD,
     optimal_momentum,
     spectral_radius,
+)
+from guided_descent.vector import (
+    Objective,
+    VectorOptimizer,
+    flat,
+    pull,
+    unflat,
 )
 
 __version__ = "0.1.0"
@@ -211,6 +216,7 @@ __all__ = [
     "eigenvalue_correction",
     "expected_loss",
     "feature_gradient",
+    "flat",
     "gradient_covariance",
     "gram",
     "head_gradient",
@@ -230,6 +236,7 @@ __all__ = [
     "optimal_momentum",
     "orthonormal",
     "per_example_gradients",
+    "pull",
     "rademacher",
     "random_rotation",
     "rotate",
@@ -247,5 +254,6 @@ __all__ = [
     "two_layer_kfac_step",
     "two_layer_moments",
     "two_loop",
+    "unflat",
     "white_moments",
 ]
