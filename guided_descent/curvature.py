@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 735e8ef0
+# %% head 529b6d4f
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -41,7 +41,7 @@ from guided_descent.newton import truncated_cg
 from guided_descent.vector import Objective, VectorOptimizer, flat, pull, unflat
 
 
-# %% 07_curvature_matrices sec-cm-operator 2 fb0aa22d
+# %% 07_curvature_matrices sec-cm-operator 2 80ba9f06
 class LinearOperator(ABC):
     """A symmetric matrix that is known by its products alone.
 
@@ -109,9 +109,7 @@ class LinearOperator(ABC):
         try:
             from scipy.sparse.linalg import LinearOperator as Scipy
         except ImportError:
-            raise ImportError(
-                "to_scipy() needs SciPy: pip install scipy"
-            ) from None
+            raise ImportError("to_scipy() needs SciPy: pip install scipy") from None
 
         def product(V: Any) -> Any:
             V = torch.as_tensor(V.copy()).to(**self._like)
@@ -142,7 +140,7 @@ class LinearOperator(ABC):
             )
 
 
-# %% 07_curvature_matrices sec-cm-operator 3 729f1373
+# %% 07_curvature_matrices sec-cm-operator 3 4f7026f4
 class CurvatureOperator(LinearOperator):
     """A curvature matrix of a model's loss on data, at one point.
 
@@ -299,14 +297,15 @@ def _snapshot(
     return point, mine
 
 
-# %% 07_curvature_matrices sec-cm-operator 4 29df1cf9
-def _gradient(L: Tensor, x: list[Tensor]) -> tuple[Tensor, ...]:
-    """The gradient of a scalar, which can be differentiated once more."""
+def _gradient(
+    y: Tensor, x: list[Tensor], u: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """``(∂y/∂x)ᵀ u``, which can be differentiated once more; u = 1 by default."""
     graph = {"create_graph": True, "materialize_grads": True}
-    return torch.autograd.grad(L, x, **graph)
+    return torch.autograd.grad(y, x, u, **graph)
 
 
-# %% 07_curvature_matrices sec-cm-operator 5 86a342a5
+# %% 07_curvature_matrices sec-cm-operator 4 86a342a5
 class Hessian(CurvatureOperator):
     """The Hessian of the loss, ``∇² L``.
 
@@ -331,7 +330,7 @@ class Hessian(CurvatureOperator):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-ggn 1 357b1ad7
+# %% 07_curvature_matrices sec-cm-ggn 1 66ed0468
 class Jacobian:
     """The Jacobian J of outputs in parameters, as two products.
 
@@ -357,8 +356,7 @@ class Jacobian:
             )
         self.f, self.params = f, params
         self.u = torch.zeros_like(f, requires_grad=True)
-        graph = {"create_graph": True, "materialize_grads": True}
-        self.JTu = torch.autograd.grad(f, params, self.u, **graph)
+        self.JTu = _gradient(f, params, self.u)
 
     def jvp(self, v: Iterable[Tensor]) -> Tensor:
         """``J v``, in the shape of the outputs."""
@@ -369,7 +367,7 @@ class Jacobian:
         return pull([self.f], self.params, [u])
 
 
-# %% 07_curvature_matrices sec-cm-ggn 2 bfa69303
+# %% 07_curvature_matrices sec-cm-ggn 2 48448ba9
 class OutputCurvature(CurvatureOperator):
     """A curvature matrix ``Jᵀ B J``: B acts on the model's outputs.
 
@@ -401,13 +399,11 @@ class OutputCurvature(CurvatureOperator):
         return f
 
     @abstractmethod
-    def _middle(
-        self, i: int, f: Tensor, y: Any
-    ) -> Callable[[Tensor], Tensor]:
+    def _middle(self, i: int, f: Tensor, y: Any) -> Callable[[Tensor], Tensor]:
         """``u → B u`` for batch ``i`` with outputs ``f``."""
 
 
-# %% 07_curvature_matrices sec-cm-ggn 3 69ff560d
+# %% 07_curvature_matrices sec-cm-ggn 3 20353657
 class GGN(OutputCurvature):
     """The generalised Gauss–Newton matrix, ``Jᵀ (∇²_f L) J``.
 
@@ -424,9 +420,7 @@ class GGN(OutputCurvature):
     eq-cm-split.
     """
 
-    def _middle(
-        self, i: int, f: Tensor, y: Any
-    ) -> Callable[[Tensor], Tensor]:
+    def _middle(self, i: int, f: Tensor, y: Any) -> Callable[[Tensor], Tensor]:
         f.requires_grad_()
         with torch.enable_grad():
             slope = _gradient(self._share(y) * self._scalar(f, y), [f])
@@ -527,7 +521,7 @@ def _likelihood_of(loss: Any) -> tuple[Likelihood, float, bool]:
     return LIKELIHOODS[loss], 1.0, False
 
 
-# %% 07_curvature_matrices sec-cm-fisher 2 79225117
+# %% 07_curvature_matrices sec-cm-fisher 2 2ef4d445
 class Fisher(OutputCurvature):
     """The Fisher information, ``E_y[∇log p · ∇log pᵀ]``, y from the model.
 
@@ -579,9 +573,7 @@ class Fisher(OutputCurvature):
     def _rows(self, f: Tensor) -> Tensor:
         return self.likelihood.rows(f)
 
-    def _middle(
-        self, i: int, f: Tensor, y: Any
-    ) -> Callable[[Tensor], Tensor]:
+    def _middle(self, i: int, f: Tensor, y: Any) -> Callable[[Tensor], Tensor]:
         factor, per_output = self._scale
         labels = self.likelihood is LIKELIHOODS["categorical"]
         if labels and not y.is_floating_point() and y.numel() != len(f):
@@ -603,7 +595,7 @@ class Fisher(OutputCurvature):
         return lambda u: c * (s * (s * u).sum(-1, keepdim=True)).sum(0)
 
 
-# %% 07_curvature_matrices sec-cm-empirical 1 c444eb6d
+# %% 07_curvature_matrices sec-cm-empirical 1 48f2fbfe
 class EmpiricalFisher(OutputCurvature):
     """``(1/n) Σ gᵢ gᵢᵀ`` of the gradients on the data's own targets.
 
@@ -621,9 +613,7 @@ class EmpiricalFisher(OutputCurvature):
     eq-cm-empirical-ls.
     """
 
-    def _middle(
-        self, i: int, f: Tensor, y: Any
-    ) -> Callable[[Tensor], Tensor]:
+    def _middle(self, i: int, f: Tensor, y: Any) -> Callable[[Tensor], Tensor]:
         f.requires_grad_()
         with torch.enable_grad():
             (s,) = torch.autograd.grad(self._scalar(f, y), f)
@@ -637,7 +627,7 @@ class EmpiricalFisher(OutputCurvature):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-natural 1 5b9f2b77
+# %% 07_curvature_matrices sec-cm-natural 1 bd6b0c6d
 class NaturalGradient(VectorOptimizer):
     """Natural gradient: steepest descent where distance is KL divergence.
 
@@ -692,25 +682,15 @@ class NaturalGradient(VectorOptimizer):
     }
 
     def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str = "categorical",
-        lr: float | Tensor = 1.0,
-        damping: float = 1e-2,
-        max_kl: float = 0.1,
-        iterations: int = 50,
-        tol: float = 0.01,
-        **options: Unpack[Options],
+        self, model: nn.Module, likelihood: str = "categorical",
+        lr: float | Tensor = 1.0, damping: float = 1e-2, max_kl: float = 0.1,
+        iterations: int = 50, tol: float = 0.01, **options: Unpack[Options],
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} is no module; pass an nn.Module")
         defaults = {
-            "lr": lr,
-            "likelihood": likelihood,
-            "damping": damping,
-            "max_kl": max_kl,
-            "iterations": iterations,
-            "tol": tol,
+            "lr": lr, "likelihood": likelihood, "damping": damping,
+            "max_kl": max_kl, "iterations": iterations, "tol": tol,
         }
         options = {"nonfinite": "propagate", **options}
         super().__init__(model.parameters(), defaults, **options)
@@ -741,12 +721,7 @@ class NaturalGradient(VectorOptimizer):
             del self.outputs, self.slopes
 
     def search(
-        self,
-        objective: Objective,
-        f: float,
-        g: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
+        self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
     ) -> Tensor:
         if not self.outputs:
             raise ValueError(
@@ -913,7 +888,7 @@ def hutchpp_trace(
     return Estimate((Q * (A @ Q)).sum() + rest.value, rest.error)
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 1 5b2318f4
+# %% 07_curvature_matrices sec-cm-spectrum 1 ef9036e9
 class Ritz(NamedTuple):
     """What Lanczos learns of a spectrum."""
 
@@ -999,9 +974,7 @@ def lanczos(
     return Ritz(theta, V[:k].T @ S, errors, S[0].square())
 
 
-def _tridiagonal(
-    alpha: list[Tensor], beta: list[Tensor]
-) -> tuple[Tensor, Tensor]:
+def _tridiagonal(alpha: list[Tensor], beta: list[Tensor]) -> tuple[Tensor, Tensor]:
     a, b = torch.stack(alpha), torch.stack(beta)[:-1]
     T = torch.diag(a) + torch.diag(b, 1) + torch.diag(b, -1)
     return torch.linalg.eigh(T)

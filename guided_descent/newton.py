@@ -1,6 +1,6 @@
 # Generated from chapters/06_newton.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 9b65a517
+# %% head 3fd9fbcf
 """Chapter 06, Newton and quasi-Newton."""
 
 __all__ = [
@@ -29,7 +29,7 @@ from guided_descent.core import Options, check_range
 from guided_descent.vector import Objective, VectorOptimizer
 
 
-# %% 06_newton sec-newton-step 2 cfbceadb
+# %% 06_newton sec-newton-step 2 c210b33d
 class Newton(VectorOptimizer):
     """Newton's method, damped, with a line search.
 
@@ -68,27 +68,14 @@ class Newton(VectorOptimizer):
     ranges = {"damping": "[0, inf)"}
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1.0,
-        damping: float = 0.0,
-        line_search_fn: str | None = "strong_wolfe",
-        **options: Unpack[Options],
+        self, params: Any, lr: float | Tensor = 1.0, damping: float = 0.0,
+        line_search_fn: str | None = "strong_wolfe", **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "damping": damping,
-            "line_search_fn": line_search_fn,
-        }
+        defaults = {"lr": lr, "damping": damping, "line_search_fn": line_search_fn}
         super().__init__(params, defaults, **options)
 
     def search(
-        self,
-        objective: Objective,
-        f: float,
-        g: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
+        self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
     ) -> Tensor:
         H = objective.hessian()
         if not H.isfinite().all():
@@ -293,7 +280,7 @@ def _to_boundary(z: Tensor, p: Tensor, radius: float) -> Tensor:
     return gap / (zp + root) if zp > 0 else (root - zp) / pp
 
 
-# %% 06_newton sec-trust-region 1 fa7dddf4
+# %% 06_newton sec-trust-region 1 94964dac
 class NewtonCG(VectorOptimizer):
     """Newton's method without a Hessian: conjugate gradients in a ball.
 
@@ -331,23 +318,14 @@ class NewtonCG(VectorOptimizer):
     ranges = {"max_cg": "[1, inf) int | None", "max_factor": "[1, inf)"}
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1.0,
-        max_cg: int | None = None,
-        max_factor: float = 1000.0,
-        **options: Unpack[Options],
+        self, params: Any, lr: float | Tensor = 1.0, max_cg: int | None = None,
+        max_factor: float = 1000.0, **options: Unpack[Options],
     ) -> None:
         defaults = {"lr": lr, "max_cg": max_cg, "max_factor": max_factor}
         super().__init__(params, defaults, **options)
 
     def search(
-        self,
-        objective: Objective,
-        f: float,
-        g: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
+        self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
     ) -> Tensor:
         x, size = objective.x, float(g.norm())
         factor = state.get("factor", 1.0)
@@ -396,7 +374,7 @@ def bfgs_update(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return inverse - rho * (across + across.T) + length * torch.outer(s, s)
 
 
-# %% 06_newton sec-secant 2 52400231
+# %% 06_newton sec-secant 2 80cd5351
 class QuasiNewton(VectorOptimizer):
     """The base of methods that learn curvature from gradients alone.
 
@@ -417,33 +395,24 @@ class QuasiNewton(VectorOptimizer):
         "initial_scale": "(0, inf) | None",
     }
 
-    def direction(self, g: Tensor, state: dict[str, Any]) -> Tensor:
+    def direction(self, g: Tensor, state: dict) -> Tensor:
         """``−B⁻¹ g``, with the memory that there is."""
         return -g
 
-    def remember(
-        self, s: Tensor, y: Tensor, group: dict[str, Any], state: dict[str, Any]
-    ) -> None:
+    def remember(self, s: Tensor, y: Tensor, group: dict, state: dict) -> None:
         """Learn from a step with ``⟨s, y⟩ > 0``."""
 
-    def first_trial(self, g: Tensor, state: dict[str, Any]) -> float:
+    def first_trial(self, g: Tensor, state: dict) -> float:
         """The first t to try, for ``lr = 1``."""
         begun = self.memory[0] in state
         return 1.0 if begun else min(1.0, 1 / float(g.abs().sum()))
 
-    def shorten(
-        self, t: float, f: float, slope: float, state: dict[str, Any]
-    ) -> float:
+    def shorten(self, t: float, f: float, slope: float, state: dict) -> float:
         """``t``, or a shorter first trial for a line search."""
         return t
 
     def search(
-        self,
-        objective: Objective,
-        f: float,
-        g: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
+        self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
     ) -> Tensor:
         x, lr = objective.x, float(group["lr"])
         if "prev_flat_grad" in state:  # of a step without a line search
@@ -481,19 +450,17 @@ class QuasiNewton(VectorOptimizer):
                 break
         return x
 
-    def _learn(
-        self, s: Tensor, y: Tensor, group: dict[str, Any], state: dict[str, Any]
-    ) -> None:
+    def _learn(self, s: Tensor, y: Tensor, group: dict, state: dict) -> None:
         """Remember a pair, if its curvature is more than round-off."""
         if s @ y > torch.finfo(s.dtype).eps * (y @ y):
             self.remember(s, y, group, state)
 
-    def forget(self, state: dict[str, Any]) -> None:
+    def forget(self, state: dict) -> None:
         for name in (*self.memory, "prev_flat_grad", "d", "t"):
             state.pop(name, None)
 
 
-# %% 06_newton sec-secant 3 c9a50888
+# %% 06_newton sec-secant 3 9575c0c9
 class BFGS(QuasiNewton):
     """BFGS: the inverse Hessian, learnt from gradients.
 
@@ -537,46 +504,28 @@ class BFGS(QuasiNewton):
     memory = ("inverse_hessian",)
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1.0,
-        max_iter: int = 20,
-        max_eval: int | None = None,
-        tolerance_grad: float = 1e-7,
-        tolerance_change: float = 1e-9,
-        initial_scale: float | None = 1.0,
-        line_search_fn: str | None = "strong_wolfe",
-        **options: Unpack[Options],
+        self, params: Any, lr: float | Tensor = 1.0, max_iter: int = 20,
+        max_eval: int | None = None, tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9, initial_scale: float | None = 1.0,
+        line_search_fn: str | None = "strong_wolfe", **options: Unpack[Options],
     ) -> None:
         defaults = {
-            "lr": lr,
-            "max_iter": max_iter,
-            "max_eval": max_eval,
-            "tolerance_grad": tolerance_grad,
-            "tolerance_change": tolerance_change,
-            "initial_scale": initial_scale,
-            "line_search_fn": line_search_fn,
+            "lr": lr, "max_iter": max_iter, "max_eval": max_eval,
+            "tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change,
+            "initial_scale": initial_scale, "line_search_fn": line_search_fn,
         }
         super().__init__(params, defaults, **options)
 
-    def shorten(
-        self, t: float, f: float, slope: float, state: dict[str, Any]
-    ) -> float:
+    def shorten(self, t: float, f: float, slope: float, state: dict) -> float:
         drop = state.get("prev_loss", f) - f
         short = -2.02 * drop / slope if slope < 0 else t
         return short if 0 < short < t else t
 
-    def direction(self, g: Tensor, state: dict[str, Any]) -> Tensor:
+    def direction(self, g: Tensor, state: dict) -> Tensor:
         inverse = state.get("inverse_hessian")
         return -g if inverse is None else -inverse @ g
 
-    def remember(
-        self,
-        s: Tensor,
-        y: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
-    ) -> None:
+    def remember(self, s: Tensor, y: Tensor, group: dict, state: dict) -> None:
         inverse = state.get("inverse_hessian")
         if inverse is None:
             scale = group["initial_scale"] or (s @ y) / (y @ y)
@@ -584,12 +533,9 @@ class BFGS(QuasiNewton):
         state["inverse_hessian"] = bfgs_update(inverse, s, y)
 
 
-# %% 06_newton sec-lbfgs 1 a542287a
+# %% 06_newton sec-lbfgs 1 cea96575
 def two_loop(
-    g: Tensor,
-    steps: list[Tensor],
-    changes: list[Tensor],
-    scale: float | Tensor = 1.0,
+    g: Tensor, steps: list[Tensor], changes: list[Tensor], scale: float | Tensor = 1.0
 ) -> Tensor:
     """``B⁻¹ g`` for what BFGS makes of ``scale · I`` and pairs (s, y).
 
@@ -616,7 +562,7 @@ def two_loop(
     return q
 
 
-# %% 06_newton sec-lbfgs 2 d50872c4
+# %% 06_newton sec-lbfgs 2 e085901a
 class LBFGS(QuasiNewton):
     """L-BFGS: BFGS from its last ``history_size`` pairs, without a matrix.
 
@@ -660,41 +606,25 @@ class LBFGS(QuasiNewton):
     memory = ("old_stps", "old_dirs", "H_diag")
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1.0,
-        max_iter: int = 20,
-        max_eval: int | None = None,
-        tolerance_grad: float = 1e-7,
-        tolerance_change: float = 1e-9,
-        history_size: int = 100,
-        line_search_fn: str | None = "strong_wolfe",
-        **options: Unpack[Options],
+        self, params: Any, lr: float | Tensor = 1.0, max_iter: int = 20,
+        max_eval: int | None = None, tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9, history_size: int = 100,
+        line_search_fn: str | None = "strong_wolfe", **options: Unpack[Options],
     ) -> None:
         defaults = {
-            "lr": lr,
-            "max_iter": max_iter,
-            "max_eval": max_eval,
-            "tolerance_grad": tolerance_grad,
-            "tolerance_change": tolerance_change,
-            "history_size": history_size,
-            "line_search_fn": line_search_fn,
+            "lr": lr, "max_iter": max_iter, "max_eval": max_eval,
+            "tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change,
+            "history_size": history_size, "line_search_fn": line_search_fn,
         }
         super().__init__(params, defaults, **options)
 
-    def direction(self, g: Tensor, state: dict[str, Any]) -> Tensor:
+    def direction(self, g: Tensor, state: dict) -> Tensor:
         if not state.get("old_stps"):
             return -g
         pairs = state["old_stps"], state["old_dirs"]
         return -two_loop(g, *pairs, state["H_diag"])
 
-    def remember(
-        self,
-        s: Tensor,
-        y: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
-    ) -> None:
+    def remember(self, s: Tensor, y: Tensor, group: dict, state: dict) -> None:
         keep = slice(-group["history_size"], None)
         state["old_stps"] = [*state.get("old_stps", []), s][keep]
         state["old_dirs"] = [*state.get("old_dirs", []), y][keep]

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a2f70c43
+# %% head d05eac2c
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -12,9 +12,9 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-vector 1 8dd95c78
+# %% 23_machinery sec-vector 1 10bc2d7b
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, Unpack
 
@@ -29,7 +29,7 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
-def unflat(v: Tensor, like: list[Tensor]) -> list[Tensor]:
+def unflat(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """A vector as tensors of the shapes of others; rows of ``v`` stay rows."""
     parts = v.split([x.numel() for x in like], -1)
     pairs = zip(parts, like, strict=True)
@@ -51,7 +51,7 @@ def pull(
     return torch.autograd.grad(y, x, u, is_grads_batched=rows, **keep)
 
 
-# %% 23_machinery sec-vector 2 61da8369
+# %% 23_machinery sec-vector 2 4553e59d
 class Objective:
     """A closure's loss as a function of one vector: all parameters.
 
@@ -137,8 +137,8 @@ class Objective:
                 "torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
             ) from error
         pairs = zip(Hv, self.params, strict=True)  # a zero has no rows yet
-        parts = [h.expand((*rows, *p.shape)).reshape(*rows, p.numel()) for h, p in pairs]
-        return self.sign * torch.cat(parts, -1)
+        Hv = [h.expand((*rows, *p.shape)).reshape(*rows, p.numel()) for h, p in pairs]
+        return self.sign * torch.cat(Hv, -1)
 
     def hessian(self) -> Tensor:
         """The Hessian, made symmetric to the last bit."""
@@ -191,7 +191,7 @@ class Objective:
             ) from error
 
 
-# %% 23_machinery sec-vector 3 06609fae
+# %% 23_machinery sec-vector 3 51e220cb
 class VectorOptimizer(Optimizer):
     """The base of methods that treat all parameters as one vector.
 
@@ -236,12 +236,7 @@ class VectorOptimizer(Optimizer):
         super().__init__(params, defaults, **{"nonfinite": "skip", **options})
 
     def search(
-        self,
-        objective: Objective,
-        f: float,
-        g: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
+        self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
     ) -> Tensor:
         """The new point, from the loss and the gradient at the old one."""
         raise TypeError(f"{type(self).__name__} has no search")
