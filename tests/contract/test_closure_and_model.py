@@ -51,9 +51,14 @@ CASES = {
     "BFGS": of_parameters(gd.BFGS, 1.0, [{"max_iter": 0}, {"tolerance_grad": -1.0}]),
     "LBFGS": of_parameters(gd.LBFGS, 1.0, [{"history_size": 0}, {"max_eval": 0}]),
     "NaturalGradient": of_model(gd.NaturalGradient, 0.5, [{"damping": -1.0}, {"max_kl": 0.0}, {"tol": 1.0}]),
-    "KFAC": of_model(gd.KFAC, 0.1, [{"damping": -1.0}], EVERY | {"fisher": "type-2"}),
-    "EKFAC": of_model(gd.EKFAC, 0.1, [{"damping": -1.0}], EVERY | {"fisher": "type-2"}),
-    "FOOF": of_model(gd.FOOF, 0.1, [{"damping": -1.0}], EVERY),
+    "KFAC": of_model(
+        gd.KFAC,
+        0.1,
+        [{"damping": -1.0}, {"kl_clip": 0.0}, {"stat_decay": 1.0}, {"samples": 0}, {"seed": -1}],
+        EVERY | {"fisher": "type-2"},
+    ),
+    "EKFAC": of_model(gd.EKFAC, 0.1, [{"momentum": 1.0}, {"factor_update_every": 0}], EVERY | {"fisher": "type-2"}),
+    "FOOF": of_model(gd.FOOF, 0.1, [{"weight_decay": -1.0}, {"damping": 0.0}], EVERY),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 every_case_with_a_closure = pytest.mark.parametrize(
@@ -335,7 +340,7 @@ def test_at_a_minimum_it_stays(case):
 def test_bad_arguments_are_refused_by_name_with_a_remedy(case):
     for arguments in [{"lr": -1.0}, {"lr": float("nan")}, {"lr": "fast"}, *case.refused]:
         (name, value), *_ = arguments.items()
-        with pytest.raises((ValueError, TypeError), match=rf"{name}=.* pass a number in "):
+        with pytest.raises((ValueError, TypeError), match=rf"{name}=.* pass (a number|an integer) in "):
             Run(case, **arguments)
     for word in ("foreach", "fused"):
         with pytest.raises(TypeError, match=rf"no {word}=True; choose with engine="):

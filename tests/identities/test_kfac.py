@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_descent.capture import Capture
+from guided_descent.layerwise import full_precision
 from guided_descent.kfac import (
     EKFAC,
     FOOF,
     KFAC,
-    _full_precision,
     damping_shifts,
     divide,
     eigenvalue_correction,
@@ -47,6 +47,10 @@ def mse(model, x, y):
     return (model(x) - y).square().flatten(1).sum(1).mean() / 2
 
 
+def mean_square(y):
+    return y.square().flatten(1).sum(1).mean()
+
+
 def build(method, model, **options):
     options = {"lr": 0.1, "likelihood": "gaussian", **options}
     return method(model, **options)
@@ -71,7 +75,9 @@ def pairs(model, x, fisher="type-2", likelihood="gaussian", loss=None, **options
     options = {"fisher": fisher, "likelihood": likelihood, **options}
     capture = Capture(model, consume=lambda layer, a, g: found.update({layer: (a, g)}), **options)
     y = model(x)
-    (y.square().flatten(1).sum(1).mean() if loss is None else loss(y)).backward()
+    if loss is None:
+        loss = (lambda z: -z.log_softmax(1)[:, 0].mean()) if likelihood == "categorical" else mean_square
+    loss(y).backward()
     capture.detach()
     model.zero_grad()
     return [found[layer] for layer in capture.layers]
@@ -202,7 +208,7 @@ def test_a_pointwise_convolution_is_a_linear_layer_of_its_pixels():
     rows = x.permute(0, 2, 3, 1).reshape(6, 4, 3)
     methods = []
     for model, input in ((conv, x), (linear, rows)):
-        methods.append(build(KFAC, model, fisher="type-2"))
+        methods.append(build(KFAC, model, fisher="type-2", reduction="examples"))
         for _ in range(3):
             methods[-1].zero_grad()
             model(input).square().flatten(1).sum(1).mean().backward()
@@ -349,13 +355,13 @@ def test_sharing_reaches_the_factors():
     assert a.shape == (5, 9, 9)
     for sharing in ("expand", "reduce"):
         model = copy.deepcopy(conv)
-        optimizer = build(KFAC, model, sharing=sharing, fisher="type-2")
+        optimizer = build(KFAC, model, sharing=sharing, fisher="type-2", reduction="mean", class_dim=1)
         model(x).square().flatten(1).sum(1).mean().backward()
         optimizer.step()
         A, G = kronecker_factors(a, g, sharing)
         memory = optimizer._memory(optimizer.capture.layers[0])
         torch.testing.assert_close(memory["A"], A)
-        torch.testing.assert_close(memory["G"], G)
+        torch.testing.assert_close(memory["G"], G / 9)  # a mean over 3·3 rows, of three numbers each
 
 
 def test_eigenvalues_are_kfacs_first_and_then_the_mean_of_the_corrections():
@@ -477,32 +483,43 @@ def test_unfrozen_layers_are_added_without_naming_them(method, form):
     model[0].requires_grad_(False)
     optimizer = build(method, model)
     model[0].requires_grad_(True)
-    optimizer.capture.loss_scale = 8.0
     optimizer.add_param_group({"params": form(model[0].parameters()), "lr": 0.01})
     assert optimizer.param_groups[1]["param_names"][0] == "0.weight"
     assert [layer.name for layer in optimizer.capture.layers] == ["0", "2"]
-    assert optimizer.capture.loss_scale == 8.0
     temperature = torch.nn.Parameter(torch.ones(()))  # of the loss, say
     optimizer.add_param_group({"params": [temperature]})
     assert optimizer.param_groups[2]["params"] == [temperature]
+    assert optimizer.param_groups[2]["algorithm"] == "adamw" and optimizer.param_groups[2]["lr"] == 1e-3
+
+
+class Loose(nn.Module):
+    """A layer, and a parameter that no layer covers."""
+
+    def __init__(self, size=3):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return self.linear(x) * self.scale.mean()
 
 
 @every_method
-def test_loose_parameters_are_stepped_as_by_sgd(method):
-    class Loose(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.ones(3, dtype=torch.float64))
-
-    model, x = Loose(), torch.ones(3, dtype=torch.float64, requires_grad=True)
-    ours = build(method, model, kl_clip=math.inf)
-    theirs = torch.optim.SGD([x], lr=0.1, momentum=0.9)
+@pytest.mark.parametrize("algorithm", ["adamw", "sgd"])
+def test_loose_parameters_are_stepped_by_the_algorithm_with_its_own_defaults(method, algorithm):
+    torch.manual_seed(0)
+    model, alone = Loose().double(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    ours = build(method, model, algorithm=algorithm)
+    theirs = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[algorithm]([alone], lr=ours.param_groups[1]["lr"])
+    assert ours.param_groups[1]["lr"] == 1e-3 and ours.coverage()["rest"] == ["scale"]
     for t in range(4):
-        model.w.grad = torch.full((3,), 0.5 + t, dtype=torch.float64)
-        x.grad = model.w.grad.clone()
+        x, y = data(key=t)
+        ours.zero_grad()
+        mse(model, x, y).backward()
+        alone.grad = model.scale.grad.clone()
         ours.step()
         theirs.step()
-    torch.testing.assert_close(model.w, x)
+    torch.testing.assert_close(model.scale.data, alone.data)
 
 
 class Everything(nn.Module):
@@ -782,7 +799,7 @@ def test_a_step_with_an_infinity_never_happened(method, flags):
     for poisoned in (False, True):
         torch.manual_seed(0)
         model = net(5, 4, 3)
-        optimizer = build(method, model, inverse_update_every=1, seed=3)
+        optimizer = build(method, model, inverse_update_every=1)
         for t in range(5):
             x, y = data(key=t)
             if poisoned and t in (0, 3):
@@ -826,7 +843,7 @@ def test_statistics_that_are_not_finite_skip_or_raise_and_name_the_layer(flags):
 def flags(request, monkeypatch):
     """Flags as they are, or as on a device: not to be looked at."""
     if request.param == "device":
-        monkeypatch.setattr("guided_descent.kfac._known", lambda flag: True if flag is None else None)
+        monkeypatch.setattr("guided_descent.layerwise.known", lambda flag: True if flag is None else None)
 
 
 def test_no_host_synchronisation(flags):
@@ -878,8 +895,12 @@ BAD = [
     ({"damping_split": "pi", "damping": 0.0}, r"damping=0.0 .* pass a number in \(0, inf\)"),
     ({"fisher": "exact"}, "fisher='exact' is unknown; use"),
     ({"likelihood": "poisson"}, "likelihood='poisson' is unknown; use"),
-    ({"inverse_update_every": 0}, "inverse_update_every=0; pass"),
-    ({"factor_update_every": 1.5}, "factor_update_every=1.5; pass"),
+    ({"inverse_update_every": 0}, r"inverse_update_every=0.* pass an integer in \[1, inf\)"),
+    ({"factor_update_every": 1.5}, r"factor_update_every=1.5.* pass an integer in \[1, inf\)"),
+    ({"seed": -1}, "seed=-1.* pass an integer in"),
+    ({"samples": 0}, "samples=0.* pass an integer in"),
+    ({"reduction": "none"}, "reduction='none' is unknown; use"),
+    ({"algorithm": "adm"}, "algorithm='adm' is unknown; use"),
     ({"engine": "foreach"}, "engine='foreach' is unknown; use"),
 ]
 
@@ -887,7 +908,7 @@ BAD = [
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[str(o) for o, _ in BAD])
 def test_bad_arguments_are_named(options, message):
     model = net(5, 4, 3)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         build(KFAC, model, **options)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -903,9 +924,9 @@ def test_what_is_no_model_is_refused():
         FOOF(net(5, 3), damping=0)
 
 
-def test_full_precision_before_torch_had_fp32_precision(monkeypatch):
+def testfull_precision_before_torch_had_fp32_precision(monkeypatch):
     matmul = SimpleNamespace(allow_tf32=True)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    with _full_precision(torch.device("cpu")):
+    with full_precision(torch.device("cpu")):
         assert vars(matmul) == {"allow_tf32": False}
     assert vars(matmul) == {"allow_tf32": True}
