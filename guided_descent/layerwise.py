@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a2df90ab
+# %% head 04bd5993
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -47,7 +47,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-# %% 23_machinery sec-layerwise 2 68391cd8
+# %% 23_machinery sec-layerwise 2 64c40e6c
 class LayerOptimizer(Optimizer):
     """What KFAC, EKFAC and FOOF share: all but the preconditioner.
 
@@ -144,7 +144,7 @@ class LayerOptimizer(Optimizer):
         self.factor_update_every = factor_update_every
         self.inverse_update_every = inverse_update_every
         self.reduction, self.grad_scaler = reduction, grad_scaler
-        self._scaled = False
+        self._scaled, self._decay = False, weight_decay
         self._frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
         if params is None:
             params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -178,8 +178,8 @@ class LayerOptimizer(Optimizer):
             )
         super().__init__([*own, *rest], defaults, **options)
         self._attach(process_group)
-        if (fraction := self.coverage()["fraction"]) < 0.8:
-            names = self.coverage()["rest"]
+        fraction, names = (self.coverage()[key] for key in ("fraction", "rest"))
+        if fraction < 0.8 and not any("algorithm" in group for group in groups):
             warnings.warn(
                 f"{type(self).__name__} covers {fraction:.0%} of the parameters; the others "
                 f"are stepped by {algorithm!r}: {', '.join(names[:8])}"
@@ -224,6 +224,7 @@ class LayerOptimizer(Optimizer):
         own = [(name, p) for name, p in params if id(p) in inside]
         rest = [(name, p) for name, p in params if id(p) not in inside]
         kept = {name: group[name] for name in OPTIONS if name in group}
+        kept["weight_decay"] = group.get("weight_decay", self._decay)
         other = group if "algorithm" in group else {**kept, "algorithm": self.algorithm}
         return {**group, "params": own}, {**other, "params": rest}
 
