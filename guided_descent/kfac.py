@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head dfb48dea
+# %% head 4e423446
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -142,7 +142,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 2541f170
+# %% 08_kfac sec-kfac-bookkeeping 1 44119177
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -294,12 +294,31 @@ class KFAC(LayerOptimizer):
             **options,
         )
 
+    # %% 08_kfac sec-kfac-bookkeeping 2 e74e4219
+    def precondition(self, m: Memory, g: Tensor, h: Names) -> Tensor:
+        if self.split and "F" not in m:
+            return m["G_inverse"] @ times(g, m["A_inverse"])
+        curvature = m["F"] if "F" in m else self.curvature(m)
+        lam = h.damping * (curvature.mean() if self.relative_damping else 1)
+        if "F" in m:
+            return divide(g, curvature, lam)
+        left, right = m["G_vectors"], m.get("A_vectors")
+        u = divide(rotate(g, left, right), curvature, lam)
+        return rotate(u, left.mT, None if right is None else right.mT)
+
+
+    def curvature(self, m: Memory) -> Tensor:
+        """Eigenvalues of the layer's block, in the factors' eigenbasis."""
+        return torch.outer(m["G_values"], m["A_values"])
+
+    # %% 08_kfac sec-kfac-bookkeeping 3 8029c0a0
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         d_out, d_in = layer.shape
         if layer.kind == "scale":
             return {"F": layer.shape}
         table = layer.kind == "embedding"
         return {"A": (d_in,) if table else (d_in, d_in), "G": (d_out, d_out)}
+
 
     def statistics(
         self, layer: Layer, a: Tensor, g: Tensor | None
@@ -316,6 +335,7 @@ class KFAC(LayerOptimizer):
         A, G = kronecker_factors(a, g, self.sharing)
         return {"A": A, "G": G}
 
+
     def refresh(
         self, side: str, memories: list[Memory], groups: list[Names]
     ) -> None:
@@ -331,6 +351,7 @@ class KFAC(LayerOptimizer):
             keep(memories, f"{side}_values", values.clamp(min=0))
             keep(memories, f"{side}_vectors", vectors)
 
+
     def _shift(self, side: str, m: Memory, h: Names) -> Tensor:
         """What the split adds to the diagonal of a factor."""
         lam = h.damping
@@ -338,22 +359,8 @@ class KFAC(LayerOptimizer):
             lam = lam * _mean_eigenvalue(m["A"]) * _mean_eigenvalue(m["G"])
         return damping_shifts(m["A"], m["G"], lam)[0 if side == "A" else 1]
 
-    def precondition(self, m: Memory, g: Tensor, h: Names) -> Tensor:
-        if self.split and "F" not in m:
-            return m["G_inverse"] @ times(g, m["A_inverse"])
-        curvature = m["F"] if "F" in m else self.curvature(m)
-        lam = h.damping * (curvature.mean() if self.relative_damping else 1)
-        if "F" in m:
-            return divide(g, curvature, lam)
-        left, right = m["G_vectors"], m.get("A_vectors")
-        u = divide(rotate(g, left, right), curvature, lam)
-        return rotate(u, left.mT, None if right is None else right.mT)
 
-    def curvature(self, m: Memory) -> Tensor:
-        """Eigenvalues of the layer's block, in the factors' eigenbasis."""
-        return torch.outer(m["G_values"], m["A_values"])
-
-
+# %% 08_kfac sec-kfac-bookkeeping 4 275c84af
 def keep(memories: list[Memory], name: str, results: Any) -> None:
     """Remember each layer's own part, apart from the batch."""
     for m, x in zip(memories, results, strict=True):
@@ -421,7 +428,7 @@ def eigenvalue_correction(
     return s / N
 
 
-# %% 08_kfac sec-kfac-ekfac 2 262d3d28
+# %% 08_kfac sec-kfac-ekfac 2 463c3ac6
 class EKFAC(KFAC):
     """EKFAC: K-FAC's eigenvectors with the best eigenvalues for them.
 
@@ -501,21 +508,11 @@ class EKFAC(KFAC):
             **options,
         )
 
-    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        found = super().shapes(layer)
-        return found if layer.kind == "scale" else {**found, "s": layer.shape}
-
-    def expected(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        """Without a basis, at first, nothing is measured in one."""
-        found = self.shapes(layer)
-        if "s" not in self._memory(layer):
-            found.pop("s", None)
-        return found
-
+    # %% 08_kfac sec-kfac-ekfac 3 8921076d
     def statistics(
         self, layer: Layer, a: Tensor, g: Tensor | None
     ) -> Memory:
-        found, m = super().statistics(layer, a, g), self._memory(layer)
+        found, m = super(EKFAC, self).statistics(layer, a, g), self._memory(layer)
         if "s" in m:
             g = g.to(wide(g.dtype))
             if "A_vectors" in m:
@@ -525,24 +522,40 @@ class EKFAC(KFAC):
                 found["s"] = _correct_words(a, g, m["A_values"], m["G_vectors"])
         return found
 
+
     def refresh(
         self, side: str, memories: list[Memory], groups: list[Names]
     ) -> None:
         before = [m.get(f"{side}_vectors") for m in memories]
-        super().refresh(side, memories, groups)
+        super(EKFAC, self).refresh(side, memories, groups)
         for m, U in zip(memories, before, strict=True):
             if {"A_values", "G_values"} <= m.keys():
-                start = super().curvature(m)
+                start = super(EKFAC, self).curvature(m)
                 s = m.get("s", start)
                 if "s" in m and U is not None:
                     V = (m[f"{side}_vectors"].mT @ U).square()
                     s = V @ s if side == "G" else s @ V.mT
                 m["s"] = torch.where(m["count"] > 1, s, start)
 
+
     def curvature(self, m: Memory) -> Tensor:
         return m["s"]
 
+    # %% 08_kfac sec-kfac-ekfac 4 9f6c9c4b
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        found = super(EKFAC, self).shapes(layer)
+        return found if layer.kind == "scale" else {**found, "s": layer.shape}
 
+
+    def expected(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """Without a basis, at first, nothing is measured in one."""
+        found = self.shapes(layer)
+        if "s" not in self._memory(layer):
+            found.pop("s", None)
+        return found
+
+
+# %% 08_kfac sec-kfac-ekfac 5 e9b62d38
 def _correct_words(
     indices: Tensor, g: Tensor, frequencies: Tensor, U_G: Tensor
 ) -> Tensor:
@@ -552,7 +565,7 @@ def _correct_words(
     return s.index_add_(1, indices.flatten(), squares) / len(indices)
 
 
-# %% 08_kfac sec-kfac-foof 1 91e47673
+# %% 08_kfac sec-kfac-foof 1 b048d679
 class FOOF(LayerOptimizer):
     """FOOF: gradient descent on a layer's outputs, by ridge regression.
 
@@ -626,20 +639,7 @@ class FOOF(LayerOptimizer):
             **options,
         )
 
-    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        d = layer.shape[1]
-        if layer.kind == "scale":
-            return {}
-        return {"A": (d,) if layer.kind == "embedding" else (d, d)}
-
-    def statistics(
-        self, layer: Layer, a: Tensor, g: Tensor | None
-    ) -> Memory:
-        if layer.kind == "embedding":
-            return {"A": _frequencies(layer, a)}
-        nothing = a.new_zeros(1, *a.shape[:2], 1)
-        return {"A": kronecker_factors(a, nothing, self.sharing)[0]}
-
+    # %% 08_kfac sec-kfac-foof 2 999be4fe
     def refresh(
         self, side: str, memories: list[Memory], groups: list[Names]
     ) -> None:
@@ -651,5 +651,22 @@ class FOOF(LayerOptimizer):
         factors = torch.stack([m["A"] for m in memories])
         keep(memories, "A_inverse", inverses_(factors, torch.stack(shifts)))
 
+
     def precondition(self, m: Memory, g: Tensor, h: Names) -> Tensor:
         return times(g, m["A_inverse"])
+
+    # %% 08_kfac sec-kfac-foof 3 3c2a4069
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        d = layer.shape[1]
+        if layer.kind == "scale":
+            return {}
+        return {"A": (d,) if layer.kind == "embedding" else (d, d)}
+
+
+    def statistics(
+        self, layer: Layer, a: Tensor, g: Tensor | None
+    ) -> Memory:
+        if layer.kind == "embedding":
+            return {"A": _frequencies(layer, a)}
+        nothing = a.new_zeros(1, *a.shape[:2], 1)
+        return {"A": kronecker_factors(a, nothing, self.sharing)[0]}

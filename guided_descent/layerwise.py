@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 04bd5993
+# %% head d155a7c7
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -47,7 +47,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-# %% 23_machinery sec-layerwise 2 64c40e6c
+# %% 23_machinery sec-layerwise 2 8b64f3d5
 class LayerOptimizer(Optimizer):
     """What KFAC, EKFAC and FOOF share: all but the preconditioner.
 
@@ -207,8 +207,7 @@ class LayerOptimizer(Optimizer):
         """``P⁻¹ g`` for the gradient matrix of one layer."""
         raise TypeError(f"{type(self).__name__} has no preconditioner")
 
-    # Layers and groups
-
+    # %% 23_machinery sec-layerwise 3 48d0315e
     def _halves(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """A group in two: what a layer covers, and what ``algorithm`` steps."""
         params = group["params"]
@@ -228,6 +227,7 @@ class LayerOptimizer(Optimizer):
         other = group if "algorithm" in group else {**kept, "algorithm": self.algorithm}
         return {**group, "params": own}, {**other, "params": rest}
 
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; the layers that it completes are watched from now.
 
@@ -235,7 +235,7 @@ class LayerOptimizer(Optimizer):
         """
         for group in self._halves(param_group):
             if group["params"]:
-                super().add_param_group(group)
+                super(LayerOptimizer, self).add_param_group(group)
                 made = self.param_groups[-1]
                 made["lr_max"] = _largest(made["lr"], 0.0)
         if "capture" in vars(self):
@@ -243,10 +243,12 @@ class LayerOptimizer(Optimizer):
                 group["steps"] = self._own[0]["steps"]
             self._attach(self.capture.process_group)
 
+
     @property
     def _own(self) -> list[dict[str, Any]]:
         """The groups that are not left to another algorithm."""
         return [group for group in self.param_groups if "algorithm" not in group]
+
 
     def coverage(self) -> dict[str, Any]:
         """What is preconditioned.
@@ -264,15 +266,15 @@ class LayerOptimizer(Optimizer):
             "rest": [name for group in others for name in group["param_names"]],
         }
 
+
     def __repr__(self) -> str:
         found = self.coverage()
         inside, outside = len(found["layers"]), len(found["rest"])
         return (
             f"{type(self).__name__} of {inside} layers, {found['fraction']:.0%} of the "
-            f"parameters ({outside} tensors are in no layer)\n{super().__repr__()}"
+            f"parameters ({outside} tensors are in no layer)\n{super(LayerOptimizer, self).__repr__()}"
         )
 
-    # Statistics
 
     def _attach(self, process_group: Any = None) -> None:
         """Watch the layers of all parameters that are in some group."""
@@ -316,14 +318,18 @@ class LayerOptimizer(Optimizer):
         self.turns = share(costs, self.inverse_update_every)
         self._prepare()
 
+
     def _prepare(self) -> None:
         """Record before the next step? And which targets are drawn?"""
         seed, t = (self._own[0][name] for name in ("seed", "steps"))
         several = distributed.is_available() and distributed.is_initialized()
-        seed = (seed + 65537 * (distributed.get_rank() if several else 0)) % 2**31
+        rank = distributed.get_rank() if several else 0
         self.capture.recording = t % self.factor_update_every == 0
-        self.generator.manual_seed(seed * 2**32 + t)
+        # A generator on the CPU looks at 32 bits; the factors keep what is drawn apart.
+        seed = (2654435761 * seed + 1640531527 * rank + t) % 2**32
+        self.generator.manual_seed(seed)
 
+    # %% 23_machinery sec-layerwise 4 b5211f5c
     @torch.no_grad()
     def observe(self, layer: Layer, a: Tensor, g: Tensor | None) -> None:
         """Take in inputs and output gradients of some examples."""
@@ -340,6 +346,48 @@ class LayerOptimizer(Optimizer):
         for name, mean in means.items() if seen is not means else ():
             seen[name].lerp_(mean, len(a) / self.counts[layer])
 
+
+    def _remember(self, finite: Tensor | None) -> None:
+        """Move the running means by what the last passes showed."""
+        for layer, seen in self.pending.items():
+            group, n = self._group(layer), self.counts[layer]
+            keep = finite if group["nonfinite"] == "skip" else None
+            if isinstance(n, Tensor):  # of all processes, and perhaps none
+                keep = n > 0 if keep is None else keep & (n > 0)
+            if not seen:
+                continue
+            first = layer.parameters[0]
+            memory = self.state[first].setdefault("layers", {}).setdefault(
+                self.slots[layer], {}
+            )
+            for name, mean in seen.items():
+                if name not in memory:
+                    memory.setdefault("count", mean.new_zeros(()))
+                    memory[name] = torch.zeros_like(mean)
+            k = memory["count"] + 1
+            weight = (1 / k).clamp(min=1 - group["stat_decay"])
+            for name, new in [*seen.items(), ("count", k)]:
+                if keep is not None:
+                    new = torch.where(keep.to(new.device), new, memory[name])
+                memory[name].lerp_(new, 1 if name == "count" else weight)
+
+
+    def _memory(self, layer: Layer) -> Memory:
+        """What is remembered of a layer; empty before its first step."""
+        slots = self.state.get(layer.parameters[0], {}).get("layers", {})
+        return slots.get(self.slots[layer], {})
+
+
+    def _group(self, layer: Layer) -> dict[str, Any]:
+        return self.param_groups[self.numbers[layer]]
+
+
+    @property
+    def device(self) -> torch.device:
+        """Where statistics are kept."""
+        return self.generator.device
+
+    # %% 23_machinery sec-layerwise 5 77a99b81
     def _gather(self) -> None:
         """Before anything changes: what is refused, and the means over all processes."""
         if self._gathered:
@@ -372,6 +420,7 @@ class LayerOptimizer(Optimizer):
                 )
         self._gathered = True
 
+
     def _loss_factor(self) -> float:
         """What the user's loss is, as a multiple of the mean that it has to be."""
         seen, kind = self.capture.seen, self.capture.likelihood
@@ -395,9 +444,11 @@ class LayerOptimizer(Optimizer):
             self.capture.weighing = False
         return float(rows) if self.reduction == "sum" else 1.0
 
+
     def _unit(self, counts: dict[str, Any]) -> int:
         """How many terms the mean has that curvature is the curvature of."""
         return counts["examples" if self.reduction == "examples" else "rows"]
+
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -409,6 +460,7 @@ class LayerOptimizer(Optimizer):
             )
         self._scaled = True
         return False
+
 
     def _average(self) -> None:
         """Replace statistics by their means over processes, weighted by examples."""
@@ -452,45 +504,7 @@ class LayerOptimizer(Optimizer):
             if layer in before or self._memory(layer) or n > 0:  # seldom read to the host
                 self.pending[layer], self.counts[layer] = mean, n
 
-    def _remember(self, finite: Tensor | None) -> None:
-        """Move the running means by what the last passes showed."""
-        for layer, seen in self.pending.items():
-            group, n = self._group(layer), self.counts[layer]
-            keep = finite if group["nonfinite"] == "skip" else None
-            if isinstance(n, Tensor):  # of all processes, and perhaps none
-                keep = n > 0 if keep is None else keep & (n > 0)
-            if not seen:
-                continue
-            first = layer.parameters[0]
-            memory = self.state[first].setdefault("layers", {}).setdefault(
-                self.slots[layer], {}
-            )
-            for name, mean in seen.items():
-                if name not in memory:
-                    memory.setdefault("count", mean.new_zeros(()))
-                    memory[name] = torch.zeros_like(mean)
-            k = memory["count"] + 1
-            weight = (1 / k).clamp(min=1 - group["stat_decay"])
-            for name, new in [*seen.items(), ("count", k)]:
-                if keep is not None:
-                    new = torch.where(keep.to(new.device), new, memory[name])
-                memory[name].lerp_(new, 1 if name == "count" else weight)
-
-    def _memory(self, layer: Layer) -> Memory:
-        """What is remembered of a layer; empty before its first step."""
-        slots = self.state.get(layer.parameters[0], {}).get("layers", {})
-        return slots.get(self.slots[layer], {})
-
-    def _group(self, layer: Layer) -> dict[str, Any]:
-        return self.param_groups[self.numbers[layer]]
-
-    @property
-    def device(self) -> torch.device:
-        """Where statistics are kept."""
-        return self.generator.device
-
-    # Inverses
-
+    # %% 23_machinery sec-layerwise 6 fca49155
     def _refresh(self) -> None:
         """Renew the factors that are due, those of one shape together."""
         every, now = self.inverse_update_every, self._own[0]["steps"]
@@ -514,18 +528,7 @@ class LayerOptimizer(Optimizer):
                     "since its statistics are not finite; lower lr, or use nonfinite='skip'"
                 ) from error
 
-    # The step
-
-    def examined(self, work: Any) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-        """Gradients, and the new statistics."""
-        yield from super().examined(work)
-        self._gather()
-        for layer, seen in self.pending.items():
-            for name, x in seen.items():
-                # The diagonal of a factor shows what any entry would.
-                x = x.diagonal() if name in self.sides and x.ndim == 2 else x
-                yield self._group(layer), f"statistic {name} of layer {layer.name!r}", x
-
+    # %% 23_machinery sec-layerwise 7 4766409a
     def directions(self, work: Any, finite: Tensor | None) -> dict[Tensor, Tensor]:
         """Preconditioned gradients, clipped; and the next step is prepared."""
         self._gather()
@@ -545,21 +548,6 @@ class LayerOptimizer(Optimizer):
         self._prepare()
         return {p: u.to(p.dtype) for p, u in updates.items()}
 
-    def _update(self, layer: Layer, updates: dict[Tensor, Tensor]) -> None:
-        """Write the update of a layer into tensors like its parameters."""
-        memory, g = self._memory(layer), layer.gradient()
-        if g is None or not memory:
-            return
-        g = g.to(wide(g.dtype))
-        g = g if self.factor == 1 else g / self.factor
-        u = self.precondition(memory, g, Names(**self._group(layer)))
-        for p, rows, piece in layer.pieces(u):
-            if p.grad is not None and piece.shape == p.shape:
-                updates[p] = piece
-            elif p.grad is not None:  # some rows of a fused matrix
-                if p not in updates:
-                    updates[p] = p.grad.to(u.dtype, copy=True)
-                updates[p][rows] = piece
 
     def _clip(self, work: Any, updates: dict[Tensor, Tensor]) -> None:
         """Shrink the whole step onto its limit, at the largest lr there has been."""
@@ -580,8 +568,27 @@ class LayerOptimizer(Optimizer):
                 if p in updates:
                     updates[p] = updates[p] * nu.to(p.device, updates[p].dtype)
 
+    # %% 23_machinery sec-layerwise 8 37e1b1b1
+    def _update(self, layer: Layer, updates: dict[Tensor, Tensor]) -> None:
+        """Write the update of a layer into tensors like its parameters."""
+        memory, g = self._memory(layer), layer.gradient()
+        if g is None or not memory:
+            return
+        g = g.to(wide(g.dtype))
+        g = g if self.factor == 1 else g / self.factor
+        u = self.precondition(memory, g, Names(**self._group(layer)))
+        for p, rows, piece in layer.pieces(u):
+            if p.grad is not None and piece.shape == p.shape:
+                updates[p] = piece
+            elif p.grad is not None:  # some rows of a fused matrix
+                if p not in updates:
+                    updates[p] = p.grad.to(u.dtype, copy=True)
+                updates[p][rows] = piece
+
+
     def init_state(self, p: Tensor, g: Tensor, h: Names) -> Memory:
         return {"momentum_buffer": torch.zeros_like(p)} if h.momentum else {}
+
 
     @staticmethod
     def rule(p: Any, g: Any, s: Names, h: Names) -> None:
@@ -591,20 +598,33 @@ class LayerOptimizer(Optimizer):
             g = s.momentum_buffer.mul_(h.momentum).add_(g)
         p.add_(g, alpha=-h.lr)
 
-    # The rest
 
+    def examined(self, work: Any) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """Gradients, and the new statistics."""
+        yield from super(LayerOptimizer, self).examined(work)
+        self._gather()
+        for layer, seen in self.pending.items():
+            for name, x in seen.items():
+                # The diagonal of a factor shows what any entry would.
+                x = x.diagonal() if name in self.sides and x.ndim == 2 else x
+                yield self._group(layer), f"statistic {name} of layer {layer.name!r}", x
+
+    # %% 23_machinery sec-layerwise 9 c1a7cc14
     def _forget_passes(self) -> None:
         self.pending, self.counts, self._gathered = {}, {}, False
         self.capture.clear()
 
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and with them statistics not yet used."""
-        super().zero_grad(set_to_none)
+        super(LayerOptimizer, self).zero_grad(set_to_none)
         self._forget_passes()
+
 
     def detach(self) -> None:
         """Remove all hooks from the model; it trains no further with this."""
         self.capture.detach()
+
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes of state by layer: factors, what is derived, momentum."""
@@ -621,9 +641,10 @@ class LayerOptimizer(Optimizer):
             report[layer.name] = sizes
         return report
 
+
     def misfit(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str:
         """Also whether statistics fit the layers."""
-        why = super().misfit(p, state, group)
+        why = super(LayerOptimizer, self).misfit(p, state, group)
         for layer in self.capture.layers if not why and "capture" in vars(self) else ():
             if layer.parameters[0] is not p:
                 continue
@@ -640,9 +661,10 @@ class LayerOptimizer(Optimizer):
                     )
         return why
 
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; statistics keep the type they were saved in."""
-        super().load_state_dict(state_dict)
+        super(LayerOptimizer, self).load_state_dict(state_dict)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key, p in zip(saved["params"], group["params"], strict=True):
                 given = state_dict["state"].get(key, {}).get("layers", {})
@@ -653,6 +675,7 @@ class LayerOptimizer(Optimizer):
         self._prepare()
 
 
+# %% 23_machinery sec-layerwise 10 02c31fe3
 def _number(lr: float | Tensor) -> float | Tensor:
     return lr.squeeze() if isinstance(lr, Tensor) else lr
 

