@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 9dd3d60d
+# %% head 35c5fab6
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
 ]
 
 
-# %% 07_curvature_matrices sec-cm-fisher 1 0f44689b
+# %% 07_curvature_matrices sec-cm-fisher 1 827df043
 from collections.abc import Callable
 from typing import NamedTuple
 
