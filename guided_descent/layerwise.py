@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head d155a7c7
+# %% head 83fe4ea6
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -528,7 +528,7 @@ class LayerOptimizer(Optimizer):
                     "since its statistics are not finite; lower lr, or use nonfinite='skip'"
                 ) from error
 
-    # %% 23_machinery sec-layerwise 7 4766409a
+    # %% 23_machinery sec-layerwise 7 8763bf5f
     def directions(self, work: Any, finite: Tensor | None) -> dict[Tensor, Tensor]:
         """Preconditioned gradients, clipped; and the next step is prepared."""
         self._gather()
@@ -566,7 +566,7 @@ class LayerOptimizer(Optimizer):
             nu = (group["kl_clip"] / size).sqrt().clamp(max=1)
             for p in params if group["kl_clip"] < math.inf else ():
                 if p in updates:
-                    updates[p] = updates[p] * nu.to(p.device, updates[p].dtype)
+                    updates[p].mul_(nu.to(p.device, updates[p].dtype))
 
     # %% 23_machinery sec-layerwise 8 37e1b1b1
     def _update(self, layer: Layer, updates: dict[Tensor, Tensor]) -> None:
