@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a2c76914
+# %% head 7ad07615
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 
-# %% 23_machinery sec-capture 2 a1ee1444
+# %% 23_machinery sec-capture 2 0846ce67
 class Layer:
     """One matrix of parameters: a weight, and its bias as one more column.
 
@@ -84,7 +84,7 @@ class Layer:
         made = []
         for p, part in zip(self.parameters, matrix.split(widths, 1), strict=True):
             rows = self._rows if p is self.weight else self._bias_rows
-            part = part.T if self.transposed and p is self.weight else part
+            part = part.T if self.transposed else part
             made.append((p, rows, part.reshape(p[rows].shape)))
         return made
 
