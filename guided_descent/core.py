@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c9732d7d
+# %% head 622af58d
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -331,7 +331,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._advance(group, params, engine, directions, keep)
         return loss
 
-    # %% 23_machinery sec-base-class 4 81b423bb
+    # %% 23_machinery sec-base-class 4 6ae28a22
     def _engine(self, group: dict[str, Any], params: list[Tensor]) -> str:
         """The engine a group runs on, after refusing what it cannot do."""
         method, odd = self._method(group), ""
@@ -344,7 +344,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"parameter of shape {tuple(p.shape)}; use a dense gradient "
                     "(nn.Embedding: sparse=False)"
                 )
-            kept = [id(x) for name, x in state.items() if name not in method.clocks]
+            kept = [id(state.get(name)) for name in (plan.names if plan else ())]
             seen = (p.shape, p.stride(), p.dtype, p.device, g.stride(), g.dtype, kept, settings)
             if plan is None or plan.seen != seen:
                 plan = self._plan(method, p, group, seen)
@@ -395,7 +395,8 @@ class Optimizer(torch.optim.Optimizer):
         if begun:
             for name in names:
                 x, like = state[name], wanted[name]
-                if x.shape == p.shape and not sharded and _place(x) != (like.stride(), p.device):
+                moved = x.device != p.device or x.stride() != like.stride()
+                if moved and x.shape == p.shape and not sharded:
                     state[name] = torch.empty_like(p, dtype=x.dtype).copy_(x)
         dtypes = tuple((state if begun else wanted)[name].dtype for name in names)
         view = None
@@ -464,7 +465,7 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped = before + (~finite).long()
         return finite
 
-    # %% 23_machinery sec-base-class 7 169d7049
+    # %% 23_machinery sec-base-class 7 e6eeb39c
     def _advance(
         self,
         group: dict[str, Any],
@@ -479,7 +480,12 @@ class Optimizer(torch.optim.Optimizer):
         for p in params if not method.matrices else [p for p in params if p.numel()]:
             plan = self._plans[p]
             if not plan.begun:
-                self._begin(method, p, directions.get(p, p.grad), group, fresh, finite)
+                g = directions.get(p, p.grad)
+                g = -g if group["maximize"] else g
+                g = g if finite is None else torch.where(finite.to(p.device), g, 0)
+                state = method._initial(p, g, _shared(group))
+                fresh = fresh or {name: state[name] for name in method.clocks}
+                self.state[p].update(state | fresh)  # who begins together shares clocks
             history = [id(self.state[p][name]) for name in method.clocks]
             calls[(plan.key, *history)].append(p)
         due = self._due(method, group)
@@ -513,27 +519,10 @@ class Optimizer(torch.optim.Optimizer):
                 p, g = [p[i] for i in turn], [g[i] for i in turn]
                 ENGINES["foreach" if engine == "foreach" else "loop"](again, p, g, s)
             for x, copy in copies:
-                x.copy_(_placed(copy.view(x.shape), x, x.dtype))
+                y = copy.view(x.shape)
+                x.copy_(_placed(y, x, x.dtype) if view else y)
             for q in some if now else ():
                 self.state[q].update(now)
-
-
-    def _begin(
-        self,
-        method: "Optimizer",
-        p: Tensor,
-        g: Tensor,
-        group: dict[str, Any],
-        fresh: dict[str, Tensor],
-        finite: Tensor | None,
-    ) -> None:
-        """The state before the first step; tensors that begin together share their clocks."""
-        g = -g if group["maximize"] else g
-        if finite is not None:
-            g = torch.where(finite.to(p.device), g, 0)
-        for name, value in method._initial(p, g, _shared(group)).items():
-            shared = name in method.clocks
-            self.state[p][name] = fresh.setdefault(name, value) if shared else value
 
 
     def _initial(self, p: Tensor, g: Tensor, h: Names) -> dict[str, Tensor]:
@@ -767,7 +756,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 c69346bd
+# %% 23_machinery sec-base-class 9 d5a7b27f
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -779,17 +768,10 @@ ALGORITHMS = {
     "rmsprop": "adaptive.RMSprop",
     "sgd": "sgd.SGD",
 }
-#: Attributes that a copy of an optimizer makes anew: torch's hooks and clocks, and ours.
-TRANSIENT = {
-    "step", "_graph", "_plans", "_turns", "_others", "_opt_called", "_zero_grad_profile_name",
-    "_patch_step_function", "_warned_capturable_if_run_uncaptured", "_step_count",
-    *(f"_optimizer_{kind}_hooks" for kind in ("step_pre", "step_post")),
-    *(
-        f"_optimizer_{verb}_{side}_hooks"
-        for verb in ("state_dict", "load_state_dict")
-        for side in ("pre", "post")
-    ),
-}
+#: Attributes that a copy makes anew: what torch hangs on every optimizer, and ours.
+TRANSIENT = vars(torch.optim.SGD([torch.zeros(1)])).keys() | {"step", "_graph", "_opt_called"}
+TRANSIENT |= {"_plans", "_turns", "_others"}
+TRANSIENT -= {"defaults", "state", "param_groups"}
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -846,10 +828,6 @@ def _meta(p: Tensor) -> Tensor:
     if hasattr(p, "placements"):
         return torch.empty(p.shape, dtype=p.dtype, device="meta")
     return torch.empty_like(p, device="meta")
-
-
-def _place(x: Tensor) -> tuple[tuple[int, ...], torch.device]:
-    return x.stride(), x.device
 
 
 def _placed(value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head cc9242d7
+# %% head 72d1e48e
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -14,10 +14,11 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-batch 1 59fb9604
+# %% 23_machinery sec-batch 1 6c724c91
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Names:
             setattr(self, name, value)
 
 
-# %% 23_machinery sec-batch 2 c993d2b6
+# %% 23_machinery sec-batch 2 c76f8e9e
 class Batch:
     """Many tensors that answer to the methods of one: each is one ``torch._foreach_*`` call.
 
@@ -103,24 +104,6 @@ class Batch:
         pairs = zip(self.tensors, x.tensors, strict=True)
         return Batch([a @ b for a, b in pairs])
 
-    def __neg__(self) -> "Batch":
-        return self._call("neg")
-
-    def __add__(self, x: Any) -> "Batch":
-        return self._call("add", x)
-
-    def __sub__(self, x: Any) -> "Batch":
-        return self._call("sub", x)
-
-    def __mul__(self, x: Any) -> "Batch":
-        return self._call("mul", x)
-
-    def __truediv__(self, x: Any) -> "Batch":
-        return self._call("div", x)
-
-    def __pow__(self, x: Any) -> "Batch":
-        return self._call("pow", x)
-
     def __rsub__(self, x: Any) -> "Batch":
         return -(self - x)
 
@@ -130,16 +113,11 @@ class Batch:
     def __iadd__(self, x: Any) -> "Batch":
         return self.add_(x)
 
-    def __isub__(self, x: Any) -> "Batch":
-        return self._call("sub_", x)
-
-    def __imul__(self, x: Any) -> "Batch":
-        return self._call("mul_", x)
-
-    def __itruediv__(self, x: Any) -> "Batch":
-        return self._call("div_", x)
-
-    __radd__, __rmul__ = __add__, __mul__
+    __neg__, __pow__ = partialmethod(_call, "neg"), partialmethod(_call, "pow")
+    __add__, __sub__ = partialmethod(_call, "add"), partialmethod(_call, "sub")
+    __mul__, __truediv__ = partialmethod(_call, "mul"), partialmethod(_call, "div")
+    __isub__, __imul__ = partialmethod(_call, "sub_"), partialmethod(_call, "mul_")
+    __itruediv__, __radd__, __rmul__ = partialmethod(_call, "div_"), __add__, __mul__
 
 
 # %% 23_machinery sec-matrixwise 1 1f663d14

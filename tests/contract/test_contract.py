@@ -66,7 +66,10 @@ CASES = {
     "AdEMAMix": Case(gd.AdEMAMix, None, {}, [{"alpha": -1.0}, {"t_alpha_beta3": 0.0}, {"betas": (0.9, 0.9, 1.0)}]),
     "Muon": Case(Muon, None, {}, [{"momentum": 1.0}], rest="adam", spreads=False),
     "SOAP": Case(
-        SOAP, None, {"eps": 0.1, "precondition_every": 2}, [*BAD_BETAS, {"precondition_every": 0}, {"block_size": 1.5}],
+        SOAP,
+        None,
+        {"eps": 0.1, "precondition_every": 2},
+        [*BAD_BETAS, {"precondition_every": 0}, {"block_size": 1.5}],
         spreads=False,
     ),
     "KFAC": Case(gd.KFAC, None, {}, [{"damping": -1.0}, {"kl_clip": 0.0}, {"stat_decay": 1.0}], takes_a_model=True),
@@ -182,7 +185,8 @@ def test_non_contiguous_parameters(case, engine):
     close(a, steps(case.build([strided], lr=0.1, engine=valid(engine, strided)), [strided], range(3)))
 
 
-@cases_and_engines(lambda case, engine: case.cls.elementwise and not case.cls.matrices)  # others refuse: see test_engine.py
+# Others refuse: see test_engine.py.
+@cases_and_engines(lambda case, engine: case.cls.elementwise and not case.cls.matrices)
 def test_complex_parameters_are_pairs_of_reals(case, engine):
     real = torch.randn(3, 2, dtype=torch.float64, device=DEVICE).requires_grad_()
     z = torch.view_as_complex(real.detach().clone()).requires_grad_()
@@ -583,7 +587,8 @@ def test_an_enlarged_parameter_is_refused_before_anything_changes(case, engine):
     params[1].grad = None
     set_gradients(params, 2)
     if optimizer.state[params[1]]:
-        with pytest.raises(ValueError, match=r"shape \(6, 3\): its state '\w+' has shape .* delete optimizer.state\[p\]"):
+        misfit = r"shape \(6, 3\): its state '\w+' has shape .* delete optimizer.state\[p\]"
+        with pytest.raises(ValueError, match=misfit):
             optimizer.step()
         torch.testing.assert_close(contents(optimizer, params), before, rtol=0, atol=0)
         del optimizer.state[params[1]]
