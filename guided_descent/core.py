@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 622af58d
+# %% head bfb53608
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -21,8 +21,9 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-optimizer 1 7915b1ae
+# %% 23_machinery sec-optimizer 1 40e8a348
 import functools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -165,12 +166,13 @@ def share(costs: list[float], bins: int) -> list[int]:
     return where
 
 
-# %% 23_machinery sec-base-class 1 9e07fdbd
+# %% 23_machinery sec-base-class 1 28ee6430
 class _Plan(NamedTuple):
     """How a parameter meets its rule, until something changes."""
 
-    seen: tuple[Any, ...]  # what it was derived from
-    names: tuple[str, ...]  # the state that the rule sees, clocks apart
+    seen: tuple[Any, ...]  # what it was derived from,
+    state: list[Tensor]  # and the state that the rule sees, clocks apart,
+    names: tuple[str, ...]  # with its names
     begun: bool
     key: tuple[Any, ...]  # parameters with equal keys may share a call
     odd: str  # why torch's fused kernels cannot take it, or nothing
@@ -331,7 +333,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._advance(group, params, engine, directions, keep)
         return loss
 
-    # %% 23_machinery sec-base-class 4 6ae28a22
+    # %% 23_machinery sec-base-class 4 b9b24506
     def _engine(self, group: dict[str, Any], params: list[Tensor]) -> str:
         """The engine a group runs on, after refusing what it cannot do."""
         method, odd = self._method(group), ""
@@ -344,9 +346,13 @@ class Optimizer(torch.optim.Optimizer):
                     f"parameter of shape {tuple(p.shape)}; use a dense gradient "
                     "(nn.Embedding: sparse=False)"
                 )
-            kept = [id(state.get(name)) for name in (plan.names if plan else ())]
-            seen = (p.shape, p.stride(), p.dtype, p.device, g.stride(), g.dtype, kept, settings)
-            if plan is None or plan.seen != seen:
+            seen = (p.shape, p.stride(), p.dtype, p.device, g.stride(), g.dtype, settings)
+            if not (
+                plan
+                and plan.begun
+                and plan.seen == seen
+                and all(map(operator.is_, map(state.get, plan.names), plan.state))
+            ):
                 plan = self._plan(method, p, group, seen)
             odd = odd or plan.odd
         name = group["engine"]
@@ -405,8 +411,9 @@ class Optimizer(torch.optim.Optimizer):
         elif sharded or p.is_complex():
             view = plain
         key = (p.device, p.dtype, view, names, dtypes)
-        odd = _unfusable(p, [state[name] for name in names] if begun else [], set(dtypes))
-        self._plans[p] = plan = _Plan(seen, names, begun, key, odd)
+        odd = _unfusable(p, set(dtypes))
+        kept = [state[name] for name in names] if begun else []
+        self._plans[p] = plan = _Plan(seen, kept, names, begun, key, odd)
         return plan
 
 
@@ -756,7 +763,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 d5a7b27f
+# %% 23_machinery sec-base-class 9 82e2aaec
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -949,7 +956,7 @@ def _state_dtype(
     return dtype.to_complex() if value.is_complex() and not dtype.is_complex else dtype
 
 
-def _unfusable(p: Tensor, state: list[Tensor], dtypes: set[torch.dtype]) -> str:
+def _unfusable(p: Tensor, dtypes: set[torch.dtype]) -> str:
     """Why torch's fused kernels cannot take a parameter, or nothing."""
     if not p.is_floating_point():
         return "a parameter is not a real floating-point tensor"
@@ -963,6 +970,4 @@ def _unfusable(p: Tensor, state: list[Tensor], dtypes: set[torch.dtype]) -> str:
         return "a parameter or its gradient is not contiguous"
     if dtypes - {p.dtype} or g.dtype != p.dtype:
         return f"a state or gradient is not {p.dtype}, as its parameter is; see state_dtype="
-    if any(plain(x).stride() != p.stride() or x.device != p.device for x in state):
-        return "a state lies otherwise in memory than its parameter"
     return ""
