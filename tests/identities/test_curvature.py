@@ -757,6 +757,17 @@ def test_a_step_multiplies_by_f_as_often_as_it_says(iterations, monkeypatch):
     assert len(calls) == iterations + 1  # and one for the length of the step
 
 
+def test_a_step_that_is_too_long_is_as_long_as_allowed_and_counted():
+    """By F alone: the damping, large here, is no part of the divergence."""
+    model, data = network(), batch()
+    F_op, before = Fisher(model, "categorical", data), [p.detach().clone() for p in model.parameters()]
+    optimizer = NaturalGradient(model, damping=1.0, max_kl=1e-8)
+    optimizer.step(lambda: F.cross_entropy(model(data[0]), data[1]))
+    step = F_op.join([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+    assert step @ (F_op @ step) / 2 == pytest.approx(1e-8, rel=1e-6)
+    assert [state["n_iter"] for state in optimizer.state.values()] == [1]
+
+
 def test_the_tolerance_is_relative_to_the_gradient(monkeypatch):
     calls, jvp = [], Jacobian.jvp
     monkeypatch.setattr(Jacobian, "jvp", lambda self, v: calls.append(v) or jvp(self, v))

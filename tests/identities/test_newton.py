@@ -230,6 +230,7 @@ def test_products_and_hessian_are_autodiffs_over_several_parameters():
         torch.testing.assert_close(f, sign * float(flat_loss(objective.x)))
         torch.testing.assert_close(g, sign * torch.func.grad(flat_loss)(objective.x))
         torch.testing.assert_close(objective.hessian(), sign * H, rtol=1e-10, atol=1e-10)
+        assert torch.equal(objective.hessian(), objective.hessian().T)
         v = randn(len(objective.x))
         torch.testing.assert_close(objective.product(v), sign * H @ v, rtol=1e-10, atol=1e-10)
     assert all(p.grad is None for p in params)
