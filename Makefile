@@ -16,7 +16,8 @@ export OMP_WAIT_POLICY ?= passive
 export PYTHONUNBUFFERED = 1
 export GUIDED_DESCENT_PROGRESS = 0
 
-NBVAL := --nbval-current-env --nbval-cell-timeout 180 --dist loadscope
+# The cell limit is for hangs, not for speed: a loaded machine may be many times slower.
+NBVAL := --nbval-current-env --nbval-cell-timeout 900 --dist loadscope
 
 book: $(READY)
 	$(BIN)/python -m literate.site

@@ -1,6 +1,6 @@
 # Generated from chapters/04_adaptive_methods.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 555143ed
+# %% head 95c3734b
 """Chapter 04, Adaptive methods."""
 
 __all__ = [
@@ -24,7 +24,7 @@ from torch import Tensor
 from guided_descent.core import Optimizer, Options
 
 
-# %% 04_adaptive_methods sec-adagrad 2 3566d711
+# %% 04_adaptive_methods sec-adagrad 2 ef50853a
 class Adagrad(Optimizer):
     """AdaGrad: each coordinate's step is divided by the root of all the squared gradients it has seen.
 
@@ -57,7 +57,8 @@ class Adagrad(Optimizer):
         defaults |= {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
         super().__init__(params, defaults, **options)
 
-    def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+    @staticmethod
+    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         start = h.initial_accumulator_value
         return {"step": torch.zeros(()), "sum": torch.full_like(p, complex(start, start) if p.is_complex() else start)}
 
@@ -80,7 +81,7 @@ class Adagrad(Optimizer):
         )
 
 
-# %% 04_adaptive_methods sec-forgetting 1 153390b9
+# %% 04_adaptive_methods sec-forgetting 1 01fff127
 class RMSprop(Optimizer):
     """RMSprop: each coordinate's step is divided by the root of a running mean of its squared gradient.
 
@@ -115,7 +116,8 @@ class RMSprop(Optimizer):
         defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"momentum": momentum, "centered": centered}, **options)
 
-    def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+    @staticmethod
+    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         names = ["square_avg"] + ["momentum_buffer"] * (h.momentum > 0) + ["grad_avg"] * h.centered
         return {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in names}
 
@@ -152,7 +154,7 @@ def _moments(g: Tensor, s: Any, h: Any) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-# %% 04_adaptive_methods sec-adam 2 3dc07a13
+# %% 04_adaptive_methods sec-adam 2 fe47978e
 class Adam(Optimizer):
     """Adam: the running mean of the gradient, divided by the root of the running mean of its square.
 
@@ -188,16 +190,14 @@ class Adam(Optimizer):
         defaults |= {"amsgrad": amsgrad, "decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(params, defaults, **options)
 
-    def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
-        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * h.amsgrad
-        return {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in names}
-
+    # %% 04_adaptive_methods sec-adam 3 68c7e84f
     @staticmethod
     def clock(h: Any) -> None:
         b1, b2 = h.betas
         h.step_size = h.lr / (1 - b1**h.step)
         h.root_correction = (1 - b2**h.step) ** 0.5
 
+    # %% 04_adaptive_methods sec-adam 4 b3dc4a2c
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         g = _decayed(p, g, h)
@@ -206,6 +206,12 @@ class Adam(Optimizer):
             v = s.max_exp_avg_sq.clamp_min_(v)
         root = v.sqrt().div_(h.root_correction).add_(h.eps)
         p.addcdiv_(m, root, value=-h.step_size)
+
+    # %% 04_adaptive_methods sec-adam 5 531a6302
+    @staticmethod
+    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * h.amsgrad
+        return {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in names}
 
     @staticmethod
     def fused(p: list[Tensor], g: list[Tensor], s: Any, h: Any) -> None:
@@ -217,7 +223,7 @@ class Adam(Optimizer):
         )
 
 
-# %% 04_adaptive_methods sec-nadam 1 0ea08660
+# %% 04_adaptive_methods sec-nadam 1 f3984727
 class NAdam(Optimizer):
     """NAdam: Adam with Nesterov's step ahead, and a momentum that warms up.
 
@@ -253,7 +259,8 @@ class NAdam(Optimizer):
         defaults |= {"momentum_decay": momentum_decay, "decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(params, defaults, **options)
 
-    def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+    @staticmethod
+    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         clocks = {"step": torch.zeros(()), "mu_product": torch.ones((), dtype=torch.float64)}
         return clocks | {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
@@ -309,7 +316,7 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
-# %% 04_adaptive_methods sec-adafactor 1 133e9240
+# %% 04_adaptive_methods sec-adafactor 1 3af2d072
 def _min(a: Any, b: Any) -> Any:
     """The smaller of two numbers, either of which may be a tensor; without reading it."""
     if isinstance(b, Tensor):
@@ -317,15 +324,12 @@ def _min(a: Any, b: Any) -> Any:
     return a.clamp(max=b) if isinstance(a, Tensor) else min(a, b)
 
 
-def _rms(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Root mean square of a tensor of this shape, or of each one in a stack; broadcasts against it."""
-    if not shape:
-        return x.abs()
-    norm = torch.linalg.vector_norm(x, dim=tuple(range(-len(shape), 0)), keepdim=True)
-    return norm.div_(max(1, math.prod(shape)) ** 0.5)
+def _rms(x: Tensor) -> Tensor:
+    """Root mean square of all numbers of a tensor."""
+    return torch.linalg.vector_norm(x) / max(1, x.numel()) ** 0.5
 
 
-# %% 04_adaptive_methods sec-adafactor 2 2fb83fe9
+# %% 04_adaptive_methods sec-adafactor 2 238da4fc
 class Adafactor(Optimizer):
     """Adafactor: Adam's second moment of a matrix kept as its row and column means, and no first moment.
 
@@ -364,7 +368,8 @@ class Adafactor(Optimizer):
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
         super().__init__(params, defaults, **options)
 
-    def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+    @staticmethod
+    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         if p.dim() < 2:
             return {"step": torch.zeros(()), "variance": torch.zeros_like(p)}
         rows, columns = torch.zeros_like(p[..., :1]), torch.zeros_like(p[..., :1, :])
@@ -377,21 +382,21 @@ class Adafactor(Optimizer):
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         eps1 = torch.finfo(p.dtype).eps if h.eps[0] is None else h.eps[0]
-        step_size = _rms(p, h.shape).clamp_min_(h.eps[1]) * h.rho
+        step_size = _rms(p).clamp_min(h.eps[1]) * h.rho
         if h.weight_decay:
             p.mul_(1 - h.lr * h.weight_decay)
         v = g.square()
-        if len(h.shape) > 1:
+        if p.dim() > 1:
             r = s.row_var.mul_(1 - h.rho2).add_(v.mean(-1, keepdim=True) * h.rho2)
             c = s.col_var.mul_(1 - h.rho2).add_(v.mean(-2, keepdim=True) * h.rho2)
-            torch.mul(r / r.mean(-2, keepdim=True).clamp_min_(eps1), c, out=v)
+            v.copy_(r / r.mean(-2, keepdim=True).clamp_min(eps1)).mul_(c)
         else:
             v.copy_(s.variance.mul_(1 - h.rho2).add_(v * h.rho2))
         u = v.clamp_min_(eps1**2).rsqrt_().mul_(g)
-        p.addcmul_(u, step_size / (_rms(u, h.shape) / h.d).clamp_min_(1), value=-1)
+        p.addcmul_(u, step_size / (_rms(u) / h.d).clamp_min(1), value=-1)
 
 
-# %% 04_adaptive_methods sec-ademamix 1 8f124bca
+# %% 04_adaptive_methods sec-ademamix 1 9534c0a1
 class AdEMAMix(Optimizer):
     """AdEMAMix: Adam that also follows a second, much slower mean of the gradient.
 
@@ -427,7 +432,8 @@ class AdEMAMix(Optimizer):
         defaults = {"lr": lr, "betas": betas, "alpha": alpha, "t_alpha_beta3": t_alpha_beta3, "eps": eps}
         super().__init__(params, defaults | {"weight_decay": weight_decay}, **options)
 
-    def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+    @staticmethod
+    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         names = ("exp_avg", "exp_avg_sq", "exp_avg_slow")
         return {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in names}
 

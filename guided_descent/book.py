@@ -1,12 +1,14 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 8bec997c
+# %% head 29b7dd83
 """Chapter 23, The machinery."""
 
 __all__ = [
     "COLORS",
     "check",
     "device",
+    "interactive",
+    "method_of",
     "seed",
     "slider",
     "style",
@@ -14,7 +16,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-check 1 39098a1d
+# %% 23_machinery sec-check 1 6f2dc78d
 import io
 import os
 import random
@@ -58,8 +60,8 @@ def check(label: str, actual: Any, expected: Any, *, tol: float = 1e-12, relatio
     a, e = _array(actual), _array(expected)
     if relation != "==" and (np.iscomplexobj(a) or np.iscomplexobj(e)):
         raise ValueError(f"relation={relation!r} does not order complex numbers; compare their absolute values")
-    if a.size == 0 or not np.isfinite(e).all():
-        raise AssertionError(f"({label}) compares nothing, or with something not finite: {e}")
+    if a.size == 0 or not (np.isfinite(a).all() and np.isfinite(e).all()):
+        raise AssertionError(f"({label}) compares nothing, or something not finite: actual {a}, expected {e}")
     if e.ndim and a.shape != e.shape:
         raise AssertionError(f"({label}) compares shapes {a.shape} and {e.shape}")
     gap = {"==": abs(a - e), "<=": a - e, ">=": e - a}[relation]
@@ -219,7 +221,7 @@ def _png(figure: Figure) -> bytes:
     return small.getvalue()
 
 
-# %% 23_machinery sec-figures 2 7bf84b9f
+# %% 23_machinery sec-figures 2 42acf6af
 def slider(
     frames: dict[str, list[dict[str, Any]]],
     *,
@@ -256,8 +258,6 @@ def slider(
 
     Source: appendix "The machinery".
     """
-    from IPython.display import display
-
     if not 0 <= active < len(frames):
         raise ValueError(f"active={active} is not one of the {len(frames)} frames; pass 0 to {len(frames) - 1}")
     owner = [k for k, traces in enumerate(frames.values()) for _ in traces]
@@ -280,8 +280,21 @@ def slider(
         "colorway": list(COLORS.values()),
         "sliders": [{"active": active, "steps": steps, "currentvalue": {"prefix": f"{name} = "}, "pad": {"t": 45}}],
     }
-    figure = {"data": data, "layout": layout}
-    bundle = {"application/vnd.plotly.v1+json": figure, "text/plain": f"Interactive figure: a slider for {name}"}
+    interactive({"data": data, "layout": layout}, f"Interactive figure: a slider for {name}")
+
+
+def interactive(figure: dict[str, Any], text: str) -> None:
+    """Show a plotly figure, given as a dictionary of ``data`` and ``layout``.
+
+    Args:
+        figure: What plotly would write as JSON.
+        text: What a reader without plotly sees.
+
+    Source: appendix "The machinery".
+    """
+    from IPython.display import display
+
+    bundle = {"application/vnd.plotly.v1+json": figure, "text/plain": text}
     if "google.colab" in sys.modules:
         import plotly.io
 
@@ -297,3 +310,42 @@ def _rounded(values: Any) -> list[float | None]:
 def _axis(label: str, log: bool, limits: tuple[float, float] | None) -> dict[str, Any]:
     axis: dict[str, Any] = {"title": {"text": label}, "type": "log" if log else "linear", "exponentformat": "power"}
     return axis | ({"range": [float(np.log10(v)) if log else v for v in limits]} if limits else {})
+
+
+# %% 23_machinery sec-pieces 1 97e8645e
+import abc
+import builtins
+
+
+def method_of(cls: type) -> Callable[[Any], Any]:
+    """Add a function to a class, as a method: a chapter tells a class in pieces.
+
+    Outermost over a function, or over a ``staticmethod``, ``classmethod`` or ``property``::
+
+        @method_of(SGD)
+        @staticmethod
+        def rule(p, g, s, h): ...
+
+    Args:
+        cls: The class, which an earlier cell defines.
+
+    Returns:
+        A decorator. The method's name keeps the meaning that it had outside the class.
+
+    Raises:
+        TypeError: ``cls`` is no class, or what is decorated is no function.
+
+    Source: appendix "The machinery".
+    """
+    if not isinstance(cls, type):
+        raise TypeError(f"method_of({cls!r}): pass the class that gets the method")
+
+    def attach(member: Any) -> Any:
+        name = getattr(getattr(member, "fget", member), "__name__", None)
+        if name is None or isinstance(member, type):
+            raise TypeError(f"method_of({cls.__name__}) over {member!r}; put it above a function")
+        setattr(cls, name, member)
+        abc.update_abstractmethods(cls)
+        return sys._getframe(1).f_globals.get(name, vars(builtins).get(name))
+
+    return attach

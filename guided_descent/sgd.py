@@ -1,6 +1,6 @@
 # Generated from chapters/03_momentum.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 91b4fd7b
+# %% head 717e2a63
 """Chapter 03, Momentum."""
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
 ]
 
 
-# %% 03_momentum sec-memory 1 7c8de698
+# %% 03_momentum sec-memory 1 3cb33d3d
 from typing import Any, Unpack
 
 import torch
@@ -78,14 +78,7 @@ class SGD(Optimizer):
         }
         super().__init__(params, defaults, **options)
 
-    def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
-        if not h.momentum:
-            return {}
-        if not h.dampening:
-            return {"momentum_buffer": torch.zeros_like(p)}
-        g = g + h.weight_decay * p  # such that the first average is g:
-        return {"momentum_buffer": g * (h.dampening / h.momentum)}
-
+    # %% 03_momentum sec-memory 2 a34844d8
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         if h.weight_decay:
@@ -95,6 +88,16 @@ class SGD(Optimizer):
             m.add_(g, alpha=1 - h.dampening)
             g = (h.momentum * m).add_(g) if h.nesterov else m
         p.add_(g, alpha=-h.lr)
+
+    # %% 03_momentum sec-memory 3 e5f46af4
+    @staticmethod
+    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+        if not h.momentum:
+            return {}
+        if not h.dampening:
+            return {"momentum_buffer": torch.zeros_like(p)}
+        g = g + h.weight_decay * p  # such that the first average is g:
+        return {"momentum_buffer": g * (h.dampening / h.momentum)}
 
     @staticmethod
     def fused(p: list[Tensor], g: list[Tensor], s: Any, h: Any) -> None:
@@ -112,9 +115,9 @@ class SGD(Optimizer):
             found_inf=h.found_inf,
         )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, after making sure that its options go together."""
-        group = {**self.defaults, **param_group}
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse options that do not go together, too."""
+        super(SGD, self)._check_group(group)
         pure = group["momentum"] and not group["dampening"]
         if group["nesterov"] and not pure:
             raise ValueError(
@@ -127,7 +130,6 @@ class SGD(Optimizer):
                 f"dampening={group['dampening']} with nonfinite='skip'; "
                 "pass dampening = 0, or nonfinite='propagate'"
             )
-        super().add_param_group(param_group)
 
 
 # %% 03_momentum sec-two-by-two 1 1ec03738

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from literate import notebook
+from literate import notebook, pieces
 from literate.depend import code_cells, magics, syntax
 from literate.myst import SourceError, directive, parse
 from literate.plain import Plain, figure_caption
 from literate.source import PACKAGE, Book, Cell, Chapter
 from literate.tangle import BANNER, first_difference, hand_edit, package
 
-CHECKED = re.compile(r"✓ \(([\w-]+)\)")
 IMAGES = ("image/png", "image/jpeg", "image/svg+xml")
-PLOTLY = "application/vnd.plotly.v1+json"
 LARGEST_IMAGE = 40_000  # bytes
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
 
@@ -53,7 +50,7 @@ def check(book: Book) -> list[Finding]:
             checked |= chapter.labels.keys()  # nothing more to say about a chapter without a notebook
             continue
         outputs = dict(zip(code_cells(chapter), notebook.outputs(stored)[1:], strict=False))
-        checked |= {label for found in outputs.values() for label in CHECKED.findall(_stdout(found))}
+        checked |= {tick["label"] for found in outputs.values() for tick in notebook.TICK.finditer(_stdout(found))}
         for index, found in outputs.items():
             findings += _output(chapter, chapter.cells[index], found)
     for label in book.labels.values():
@@ -130,8 +127,9 @@ def _text(book: Book, chapter: Chapter) -> Iterator[Finding]:
 
 
 def _code(book: Book, chapter: Chapter) -> Iterator[Finding]:
-    """No magics; checks name equations; a cell that is not compared asserts."""
-    for cell in chapter.cells:
+    """No magics; methods reach the package; checks name equations; a cell that is not compared asserts."""
+    exported = {export.cell for export in chapter.exports}
+    for index, cell in enumerate(chapter.cells):
         if cell.kind != "code":
             continue
         try:
@@ -143,6 +141,10 @@ def _code(book: Book, chapter: Chapter) -> Iterator[Finding]:
             yield Finding(
                 chapter.file, cell.line + offset, f"a raw magic, {text[:30]}; write Python, nbval hides failures"
             )
+        for mark in (mark for node in tree.body for mark in pieces.decorated(node) if index not in exported):
+            if owner := next((n.id for n in ast.walk(mark) if isinstance(n, ast.Name) and n.id in book.public), None):
+                line = cell.line + mark.lineno - 1
+                yield Finding(chapter.file, line, f"a method of {owner} that the package lacks; add `#| export`")
         asserts = False
         for node in ast.walk(tree):
             name = _called(node)
@@ -189,7 +191,7 @@ def _notebook(book: Book, chapter: Chapter, stored: Any) -> Iterator[Finding]:
 def _output(chapter: Chapter, cell: Cell, outputs: list[Any]) -> Iterator[Finding]:
     """What a stored output may and must be."""
     data = [output.get("data", {}) for output in outputs]
-    figures = [mime for found in data for mime in found if mime in IMAGES or mime == PLOTLY]
+    figures = [mime for found in data for mime in found if mime in IMAGES or mime == notebook.PLOTLY]
     options = cell.metadata.get("mystnb", {})
     if figures and not options.get("image", {}).get("alt"):
         yield Finding(chapter.file, cell.line, "the figure has no alt text; add `mystnb: {image: {alt: …}}`")

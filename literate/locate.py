@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from pathlib import Path
 
 from literate.myst import SourceError
@@ -23,14 +24,15 @@ def locate(book: Book, place: str) -> str:
             part = parts.get(key(chapter, export))
             here = path == target and part and part.line <= line <= part.end
             there = path == chapter.path and export.line <= line <= export.line + export.code.count("\n")
-            if (here or there) and (part is None or part.code != export.code):
+            if (here or there) and (part is None or part.code != export.packaged):
                 raise SourceError(
                     name, line, "this cell differs between chapter and package; run `tangle` or `untangle`"
                 )
             if here:
-                return f"{chapter.file}:{export.line + line - part.line}"
+                return f"{chapter.file}:{export.line + export.offsets[line - part.line]}"
             if there:
-                return f"{target.relative_to(book.root)}:{part.line + line - export.line}"
+                at = bisect_left(export.offsets, line - export.line)  # of a decorator: of the line under it
+                return f"{target.relative_to(book.root)}:{part.line + at}"
     if not path.exists():
         raise SourceError(name, line, "no such file; give a file of the package or a chapter")
     raise SourceError(name, line, "this line is in no export cell; give a line of code that a chapter exports")

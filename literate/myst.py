@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from mdit_py_plugins.amsmath import amsmath_plugin
 from mdit_py_plugins.colon_fence import colon_fence_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from mdit_py_plugins.front_matter import front_matter_plugin
@@ -45,6 +46,7 @@ def _parser() -> MarkdownIt:
         .use(myst_block_plugin)
         .use(colon_fence_plugin)
         .use(dollarmath_plugin, allow_labels=True)
+        .use(amsmath_plugin)
         .disable("inline", True)
     )
 
@@ -70,6 +72,11 @@ def parse(text: str, file: str, line: int = 1) -> list[Token]:
             if nested and token.info.startswith("{"):
                 remedy = "use the gated form, {solution-start} … {solution-end}"
                 raise SourceError(file, line + start, f"a code cell inside a directive; {remedy}")
+        elif token.type == "amsmath":
+            name = re.search(r"\{(\w+\*?)\}", token.content)[1]
+            remedy = "write $$ … $$ (eq-…) around {aligned} or {gathered}"
+            what = f"a bare {{{name}}}, which only the page would number; {remedy}"
+            raise SourceError(file, line + token.map[0], what)
         elif token.type == "inline" and re.search(r"^\s*\$\$\s*$", token.content, re.MULTILINE):
             raise SourceError(
                 file,

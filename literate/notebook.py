@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -24,48 +25,10 @@ KERNEL = {
 }  # fmt: skip
 COLAB = "https://colab.research.google.com"
 PUBLISHED = "colab"  # the branch that carries the notebooks with REVISION filled in
-SETUP = '''\
-# @title Setup: installs the book's package where it is missing, else does nothing
-import importlib
-import importlib.metadata
-import os
-import pathlib
-import subprocess
-import sys
-import tempfile
-
-VERSION = "{version}"
-REVISION = "main"
-REPOSITORY = "{repository}"
-
-
-def ready():
-    """Whether everything imports, the package at the right version."""
-    try:
-        import {imports}
-    except ImportError:
-        return False
-    return guided_descent.__version__ == VERSION
-
-
-def install():
-    """Install the package with what the chapters need; a torch that is already here stays."""
-    source = os.environ.get("GUIDED_DESCENT_SOURCE", f"git+{{REPOSITORY}}@{{REVISION}}")
-    if os.path.exists(source):
-        source = pathlib.Path(source).resolve().as_uri()
-    wanted = source if " @ " in source else f"guided-descent[book] @ {{source}}"
-    torch = [f"torch=={{d.version}}" for d in importlib.metadata.distributions(name="torch")]
-    with tempfile.TemporaryDirectory() as folder:
-        keep = pathlib.Path(folder, "constraints.txt")
-        keep.write_text("\\n".join(torch[:1]))
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-c", str(keep), wanted], check=True)
-    importlib.invalidate_caches()
-    for name in [name for name in sys.modules if name.split(".")[0] == "guided_descent"]:
-        del sys.modules[name]
-
-
-if not ready():
-    install()'''
+SETUP = Path(__file__).parent / "assets/setup.py"
+#: What `guided_descent.book.check` prints, and the type of what `guided_descent.book.interactive` shows.
+TICK = re.compile(r"✓ \((?P<label>[\w:-]+)\) (?P<text>.*)")
+PLOTLY = "application/vnd.plotly.v1+json"
 
 
 def render(book: Book, chapter: Chapter) -> NotebookNode:
@@ -76,7 +39,9 @@ def render(book: Book, chapter: Chapter) -> NotebookNode:
     page = f"{book.site}{chapter.docname}.html"
     owner, name = book.repository.split("/")[-2:]
     colab = f"{COLAB}/github/{owner}/{name}/blob/{PUBLISHED}/{chapter.docname}.ipynb"
-    setup = SETUP.format(version=book.version, repository=book.repository, imports=_imports(book))
+    setup = SETUP.read_text("utf-8").strip()
+    for slot, text in {"VERSION": book.version, "REPOSITORY": book.repository, "MODULES": _imports(book)}.items():
+        setup = setup.replace(f"@{slot}@", text)
     cells = [
         _markdown(f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({colab})\n\nThis chapter [as a page]({page})."),
         _code(setup, {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["hide-input"]}),
@@ -90,7 +55,7 @@ def render(book: Book, chapter: Chapter) -> NotebookNode:
             if caption := figure_caption(plain, cell):
                 cells.append(_markdown(caption))
     if any(export.names for export in chapter.exports):
-        cells.append(_markdown(added(book, chapter)))
+        cells.append(_markdown(plain.markdown(added(chapter), chapter.cells[-1].line)))
     seen: Counter[str] = Counter()
     for cell in cells:
         name = digest(f"{cell.cell_type}\n{cell.source}")
@@ -178,7 +143,7 @@ def _imports(book: Book) -> str:
     project = book.project
     wanted = [*project.get("dependencies", []), *project.get("optional-dependencies", {}).get("book", [])]
     names = {re.match(r"[\w.-]+", requirement)[0] for requirement in wanted}
-    return ", ".join(
+    return " ".join(
         sorted({"guided_descent", *("sklearn" if n == "scikit-learn" else n.replace("-", "_") for n in names)})
     )
 

@@ -13,12 +13,16 @@ from literate.myst import Directive, SourceError, directive, parse
 from literate.source import PACKAGE, Book, Cell, Chapter, Label
 
 # What a line of prose is made of, as far as it concerns us; code spans come first so that they stay as they are.
+ATTRIBUTE = r"(?:[.#][\w-]+|[\w-]+=[^\s{}]+)"
+ATTRIBUTES = rf"\{{\s*{ATTRIBUTE}(?:\s+{ATTRIBUTE})*\s*\}}"
 INLINE = re.compile(
     r"(?P<escape>\\[\\`$*_{}\[\]])"
     r"|(?:\{(?P<role>[\w:.+-]+)\})?(?<!`)(?P<ticks>`+)(?!`)(?P<text>.+?)(?<!`)(?P=ticks)(?!`)"
     r"|(?<!\$)\$(?P<math>(?:\\.|[^\\$])+)\$(?!\$)"
-    r"|\]\((?P<page>\w+)\.md(?P<anchor>#[\w-]+)?\)",
-    re.DOTALL,
+    r"|\]\((?P<page>\w+)\.md(?P<anchor>#[\w-]+)?\)"
+    rf"|(?P<attributes>(?<=[\])`$]){ATTRIBUTES}|^[ \t>]*{ATTRIBUTES}[ \t]*$)"
+    r"|(?P<substitution>\{\{[^{}]+\}\})",
+    re.DOTALL | re.MULTILINE,
 )
 ADMONITIONS = {
     "note", "tip", "hint", "warning", "important", "caution", "attention", "danger", "error", "seealso", "margin",
@@ -145,6 +149,10 @@ class Plain:
             at = line + text.count("\n", 0, match.start())
             if match["math"]:
                 return f"${self.expand(' '.join(match['math'].split()))}$"
+            if match["attributes"]:
+                raise self.error(at, f"attributes {match[0].strip()}, which a notebook cannot show; remove them")
+            if match["substitution"]:
+                raise self.error(at, f"a substitution {match[0]}, which a notebook cannot show; write the text out")
             if match["page"]:
                 return f"]({self.page(match['page'], at)}{match['anchor'] or ''})"
             return self.role(match["role"], match["text"].strip(), at) if match["role"] else match[0]
@@ -163,17 +171,16 @@ class Plain:
             if name == "numref":
                 if not label.number:
                     raise self.error(line, f"{target} has no number; use {{ref}}")
-                shown = re.sub(r"%s|\{number\}", label.number, shown).replace("{name}", label.title)
-            return self.link(
-                shown or (label.title if name == "ref" and label.kind in ("sec", "fig") else numbered), label
-            )
+                shown = re.sub(r"%s|\{number\}", label.number, shown).replace("{name}", self.inline(label.title, line))
+            titled = name == "ref" and label.kind in ("sec", "fig")
+            return self.link(shown or (self.inline(label.title, line) if titled else numbered), label)
         if name in ("cite", "cite:p", "cite:t"):
             cited = [self.citation(key.strip(), line, textual=name == "cite:t") for key in text.split(",")]
             return ", ".join(cited) if name == "cite:t" else f"({'; '.join(cited)})"
         if name == "doc":
             stem = target.rpartition("/")[2].removesuffix(".md")
             title = next((c.title for c in [*self.book.chapters, *self.book.pages] if c.stem == stem), "")
-            return f"[{shown or title}]({self.page(stem, line)})"
+            return f"[{shown or _unlinked(self.inline(title, line))}]({self.page(stem, line)})"
         if name == "term":
             if target not in self.book.terms:
                 raise self.error(line, f"no glossary has the term {target}; add it or mend the role")
@@ -196,7 +203,7 @@ class Plain:
         if label.docname == self.chapter.docname:
             return text
         anchor = f"equation-{label.name}" if label.kind == "eq" else label.name
-        return f"[{text}]({self.book.site}{label.docname}.html#{anchor})"
+        return f"[{_unlinked(text)}]({self.book.site}{label.docname}.html#{anchor})"
 
     def page(self, stem: str, line: int) -> str:
         if all(chapter.stem != stem for chapter in [*self.book.chapters, *self.book.pages]):
@@ -262,14 +269,19 @@ def figure_caption(plain: Plain, cell: Cell) -> str | None:
     return plain.caption(cell.line, str(caption)) if caption else None
 
 
-def added(book: Book, chapter: Chapter) -> str:
+def added(chapter: Chapter) -> str:
     """The section that closes a chapter: what it added to the package."""
     rows = [
-        f"| [`{name}`]({book.site}chapters/api.html#{PACKAGE}.{export.module}.{name}) | {export.summary(name)} |"
+        f"| {{py:obj}}`{name} <{PACKAGE}.{export.module}.{name}>` | {export.summary(name)} |"
         for export in chapter.exports
         for name in export.names
     ]
     return "\n".join(["## What this chapter added to the package", "", "| Name | What it is |", "|---|---|", *rows])
+
+
+def _unlinked(text: str) -> str:
+    """Markdown without its links: the text of one cannot hold another."""
+    return re.sub(r"\[([^\[\]]*)\]\([^()\s]*\)", r"\1", text)
 
 
 def _url(entry: Entry) -> str:

@@ -28,13 +28,12 @@ from sphinx.environment.collectors.toctree import TocTreeCollector
 from sphinx.errors import ExtensionError
 from sphinx.util import inspect
 
-from literate.notebook import PUBLISHED, stored_outputs
+from literate.notebook import PLOTLY, PUBLISHED, TICK, stored_outputs
+from literate.plain import added
 from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, shown
 
 ASSETS = Path(__file__).parent / "assets"
 API = "chapters/api"
-PLOTLY = "application/vnd.plotly.v1+json"
-CHECK = re.compile(r"✓ \((?P<label>[\w:-]+)\) (?P<text>.*)")
 # Plotly figures met while reading: name -> JSON. They become scripts of their own, fetched when the page needs them:
 # the page stays light, and a script (unlike a fetch) also loads from file://.
 figures: dict[str, str] = {}
@@ -71,7 +70,7 @@ def read(text: str, root: str, stem: str) -> nbformat.NotebookNode:
         if cell.kind != "code":
             page.append((new_markdown_cell(cell.source), cell.line))
             continue
-        if index in exports and exports[index].names:
+        if index in exports and (exports[index].names or exports[index].piece):
             page.append((new_markdown_cell(badge(exports[index])), cell.line))
         if index in outputs:  # else a cell of directives alone
             source, line = shown(cell)
@@ -80,7 +79,7 @@ def read(text: str, root: str, stem: str) -> nbformat.NotebookNode:
             page.append((new_code_cell(source, metadata=cell.metadata, outputs=seen), line))
     if chapter.exports:
         page.append((new_markdown_cell(added(chapter)), page[-1][1]))
-    metadata = {k: v for k, v in chapter.metadata.items() if k != "jupytext"}
+    metadata = {k: v for k, v in chapter.metadata.items() if k not in ("jupytext", "top_level")}
     metadata["language_info"] = {"name": "python"}  # else: "No source code lexer found"
     metadata["source_map"] = [line - 1 for _, line in page]  # warnings then name lines of the .md
     return new_notebook(cells=[cell for cell, _ in page], metadata=metadata)
@@ -88,8 +87,8 @@ def read(text: str, root: str, stem: str) -> nbformat.NotebookNode:
 
 def present(output: Any, metadata: dict[str, Any], name: str) -> list[Any]:
     """A stored output as the page shows it: checks as one quiet line, Plotly figures as an element that loads them."""
-    if output.output_type == "stream" and output.name == "stdout" and CHECK.search(output.text):
-        return [markdown(check_line(line)) if CHECK.fullmatch(line) else new_output("stream", name="stdout", text=line)
+    if output.output_type == "stream" and output.name == "stdout" and TICK.search(output.text):
+        return [markdown(check_line(line)) if TICK.fullmatch(line) else new_output("stream", name="stdout", text=line)
                 for line in output.text.splitlines()]
     if PLOTLY in output.get("data", {}):
         figure = output.data[PLOTLY]
@@ -108,22 +107,19 @@ def markdown(text: str) -> nbformat.NotebookNode:
 
 def check_line(line: str) -> str:
     """`✓ (eq-x) within 1e-12` with the equation's number in place of its label."""
-    match = CHECK.fullmatch(line)
+    match = TICK.fullmatch(line)
     assert match
     return f":::{{div}} gd-check\n✓ {{eq}}`{match['label']}` {match['text']}\n:::"
 
 
 def badge(export: Export) -> str:
     home = f"{PACKAGE}.{export.module}"
+    if export.piece:
+        methods = ", ".join(f"`{method.name}`" for method in export.piece.methods)
+        owner = export.piece.owner
+        return f":::{{div}} gd-export\nadded to {{py:obj}}`{owner} <{home}.{owner}>`: {methods}\n:::"
     names = ", ".join(f"{{py:obj}}`{name} <{home}.{name}>`" for name in export.names)
     return f":::{{div}} gd-export\nexported to {{py:mod}}`{home}`: {names}\n:::"
-
-
-def added(chapter: Chapter) -> str:
-    """The section that closes a chapter: what it added to the package."""
-    rows = [f"| {{py:obj}}`{name} <{PACKAGE}.{e.module}.{name}>` | {e.summary(name)} |"
-            for e in chapter.exports for name in e.names]
-    return "\n".join(["## What this chapter added to the package", "", "| Name | What it is |", "|---|---|", *rows])
 
 
 # ---------------------------------------------------------------- numbers

@@ -10,7 +10,7 @@ import keyword
 import re
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,15 @@ from markdown_it.token import Token
 from nbformat import ValidationError
 from nbformat.v4 import new_code_cell
 
+from literate import names, pieces
 from literate.myst import SourceError, directive, parse, read_yaml
 
 __all__ = ["Book", "Cell", "Chapter", "Export", "Label", "SourceError", "read_chapter", "strip_directives"]
 
 PACKAGE = "guided_descent"
+# `book` needs what only the [book] extra installs.
+NOT_REEXPORTED = {"book"}
+PYTHON = {"", "python", "python3", "ipython", "ipython3"}
 CHAPTERS = "[0-9][0-9]_*.md"
 ODD_BREAK = re.compile("[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 OPTIONS = "write `tags: [a, b]` and `mystnb: {image: {alt: …}, figure: {caption: …}}`"
@@ -52,7 +56,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Export:
-    """A cell that goes into the package, without its directive line."""
+    """A cell that goes into the package, without its directive line.
+
+    `code` is what the chapter holds and `packaged` what the package holds: another text where the cell is a piece of a
+    class.
+    """
 
     module: str
     section: str
@@ -61,7 +69,20 @@ class Export:
     names: tuple[str, ...]
     line: int
     cell: int
-    hash: str
+    piece: pieces.Piece | None = None
+
+    @property
+    def packaged(self) -> str:
+        return self.piece.code if self.piece else self.code
+
+    @property
+    def hash(self) -> str:
+        return digest(self.packaged)
+
+    @property
+    def offsets(self) -> Sequence[int]:
+        """The line of `code` behind each line of `packaged`, both from 0."""
+        return self.piece.offsets if self.piece else range(self.code.count("\n") + 1)
 
     def summary(self, name: str) -> str:
         """The first line of a definition's docstring, or of the `#:` comment above a constant, as Markdown."""
@@ -100,6 +121,7 @@ class Chapter:
     metadata: dict[str, Any] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     exports: list[Export] = field(default_factory=list)
+    top_level: tuple[str, ...] | None = None  # what the package shows at its top; all public names without a list
     labels: dict[str, Label] = field(default_factory=dict)
     terms: set[str] = field(default_factory=set)
     numbers: dict[int, str] = field(default_factory=dict)  # of what starts at a line, labelled or not
@@ -147,6 +169,7 @@ class Book:
             for export in chapter.exports:
                 book.modules.setdefault(export.module, []).append((chapter, export))
         book._check_names()
+        book.modules = {name: pieces.arrange(pairs, book.public) for name, pairs in book.modules.items()}
         return book
 
     def _check_names(self) -> None:
@@ -160,6 +183,10 @@ class Book:
                     raise SourceError(
                         chapter.file, export.line, f"{name} is already exported at {first}; rename or remove one"
                     )
+            for name, line in names.undone(export.code).items():
+                if self.public.get(name) == export.module:
+                    at = export.line + line - 1
+                    raise SourceError(chapter.file, at, f"{name} is a public name that this deletes; begin it with _")
 
     @property
     def repository(self) -> str:
@@ -193,6 +220,11 @@ class Book:
     def public(self) -> dict[str, str]:
         """The module in which each public name lives."""
         return {name: module for module, pairs in self.modules.items() for _, e in pairs for name in e.names}
+
+    def top(self, module: str) -> list[str]:
+        """The names of a module that the package shows at its top."""
+        pairs = self.modules[module] if module not in NOT_REEXPORTED else []
+        return [name for c, e in pairs for name in e.names if c.top_level is None or name in c.top_level]
 
 
 def find_root(start: Path) -> Path:
@@ -229,6 +261,8 @@ def read_chapter(path: str | Path, text: str | None = None) -> Chapter:
         text = path.read_bytes().decode("utf-8") if text is None else text
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(file, 1, f"cannot be read ({error}); save it as UTF-8 text") from None
+    if text.startswith("\ufeff"):
+        raise SourceError(file, 1, "a byte order mark; save as UTF-8 without one")
     if odd := ODD_BREAK.search(text):
         raise SourceError(
             file, text.count("\n", 0, odd.start()) + 1, "a line break other than \\n; save with Unix lines"
@@ -239,13 +273,20 @@ def read_chapter(path: str | Path, text: str | None = None) -> Chapter:
         raise SourceError(file, 1, "no title; start the page with a `# Title` heading")
     if number:
         chapter.exports = list(_exports(chapter))
+        chapter.top_level = _top_level(chapter, text)
     return chapter
 
 
 def _front_matter(text: str, file: str, *, required: bool) -> dict[str, Any]:
     block = re.match(r"---\n(.*?)^---\s*$", text, re.DOTALL | re.MULTILINE)
     if block:
-        return read_yaml(block[1], file, 2)
+        metadata = read_yaml(block[1], file, 2)
+        kernel = metadata.get("kernelspec")
+        language = str(kernel.get("language", "")) if isinstance(kernel, dict) else ""
+        if language.lower() not in PYTHON:
+            line = text[: text.index("kernelspec")].count("\n") + 1
+            raise SourceError(file, line, f"a kernel for {language}; only Python runs here, write `language: python`")
+        return metadata
     if text.startswith("---\n"):
         raise SourceError(file, 1, "unclosed front matter; close it with ---")
     if required:
@@ -253,13 +294,45 @@ def _front_matter(text: str, file: str, *, required: bool) -> dict[str, Any]:
     return {}
 
 
+def _top_level(chapter: Chapter, text: str) -> tuple[str, ...] | None:
+    """The front matter's list of exported names that `__init__` re-exports."""
+    if "top_level" not in chapter.metadata:
+        return None
+    found, line = chapter.metadata["top_level"], text[: text.index("top_level")].count("\n") + 1
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise SourceError(chapter.file, line, "top_level is no list of names; write `top_level: [SGD, …]`")
+    homes = {name: export.module for export in chapter.exports for name in export.names}
+    rows = list(enumerate(text.split("\n")[line - 1 :], line))
+    for name in found:
+        at = next((n for n, row in rows if re.search(rf"\b{re.escape(name)}\b", row)), line)
+        if found.count(name) > 1:
+            raise SourceError(chapter.file, at, f"top_level lists {name} twice; remove one")
+        if name not in homes:
+            raise SourceError(chapter.file, at, f"top_level lists {name}, which this chapter does not export; mend it")
+        if homes[name] in NOT_REEXPORTED:
+            where = f"module {homes[name]}, which the top level leaves out"
+            raise SourceError(chapter.file, at, f"top_level lists {name} of {where}; remove it")
+    return tuple(found)
+
+
 def _cells(text: str, file: str) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
     """Kind, source, line and metadata of each cell, as jupytext reads them."""
     tokens = parse(text, file)
     fences = [t for t in tokens if t.type == "fence" and t.level == 0 and t.info.startswith("{code-cell}")]
     for token in tokens:
-        if token.type == "fence" and token.level and token.info.startswith("{code-cell}"):
-            raise SourceError(file, token.map[0] + 1, "a code cell inside a list or quote; move it out")
+        if token.type not in ("fence", "colon_fence") or not re.match(r"\{(code|raw)-cell\}", token.info):
+            continue
+        at, language = token.map[0] + 1, token.info.partition("}")[2].strip()
+        if token.info.startswith("{raw-cell}"):
+            raise SourceError(file, at, "a raw cell, which neither page nor notebook shows; write Markdown or code")
+        if token.type == "colon_fence":
+            raise SourceError(file, at, "a code cell between :::, which no notebook knows; fence it with ```")
+        if token.level:
+            raise SourceError(file, at, "a code cell inside a list or quote; move it out")
+        if language not in PYTHON:
+            raise SourceError(file, at, f"a code cell in {language}; only Python runs here, write {{code-cell}} python")
+    # without the front matter, which has been read, and whose `kernelspec` jupytext wants complete
+    text = re.sub(r"\A---\n.*?^---\s*?$", lambda m: "\n" * m[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE)
     lines = text.split("\n")
     try:
         notebook = myst_to_notebook(text, add_source_map=True)
@@ -281,6 +354,9 @@ def _cells(text: str, file: str) -> Iterator[tuple[str, str, int, dict[str, Any]
             line -= len(cell.source) - len(cell.source.rstrip("\n"))
         else:
             line = next(n for n, text in enumerate(lines[start:], start + 1) if text.strip())
+        if cell.cell_type == "code" and (magic := re.match(r"%%\s*\w+", strip_directives(cell.source))):
+            at = line + cell.source[: cell.source.index(magic[0])].count("\n")
+            raise SourceError(file, at, f"a cell magic, {magic[0]}; write Python, nbval hides failures")
         metadata = json.loads(json.dumps(cell.metadata, default=str))
         mystnb = metadata.get("mystnb", {})
         mappings = [mystnb, *(mystnb.get(key, {}) for key in ("figure", "image") if isinstance(mystnb, dict))]
@@ -334,7 +410,7 @@ class _Labels:
                 continue
             line = base + token.map[0] if token.map else base
             if token.type == "heading_open" and not nested:
-                self.heading(int(token.tag[1]), tokens[i + 1].content, targets)
+                self.heading(int(token.tag[1]), tokens[i + 1].content, line, targets)
             elif token.nesting >= 0:
                 for name, at in targets:
                     self.add(name, "target", "", "", at, "")
@@ -344,7 +420,9 @@ class _Labels:
             elif found := directive(token, self.chapter.file, base):
                 self.directive(found)
 
-    def heading(self, level: int, title: str, targets: list[tuple[str, int]]) -> None:
+    def heading(self, level: int, title: str, line: int, targets: list[tuple[str, int]]) -> None:
+        if level == 1 and self.chapter.title:
+            raise SourceError(self.chapter.file, line, "a second title; start sections with ##")
         if level == 1:
             self.chapter.title = title
         else:
@@ -420,12 +498,13 @@ def _exports(chapter: Chapter) -> Iterator[Export]:
         line = cell.line + 1 + (len(rest) - len(rest.lstrip("\n")))
         if not code:
             raise SourceError(chapter.file, cell.line, "an empty export cell; add its code or remove it")
-        if marker := re.search(r"^# %% ", code, re.MULTILINE):
+        if marker := re.search(r"^ *# %% ", code, re.MULTILINE):
             at = line + code.count("\n", 0, marker.start())
             raise SourceError(chapter.file, at, "a line that looks like a marker; write its `# %% ` otherwise")
         ordinals[cell.section] += 1
-        names = tuple(_public(code, chapter.file, line))
-        yield Export(home, cell.section, ordinals[cell.section], code, names, line, index, digest(code))
+        piece = pieces.read(code, chapter.file, line)
+        bound = () if piece else names.public(code, chapter.file, line)
+        yield Export(home, cell.section, ordinals[cell.section], code, bound, line, index, piece)
 
 
 def _check_directive(file: str, line: int, word: str, arguments: list[str]) -> None:
@@ -438,26 +517,3 @@ def _check_directive(file: str, line: int, word: str, arguments: list[str]) -> N
     for name in arguments:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
             raise SourceError(file, line, f"{name} is no module name; use lower-case letters, digits and _")
-
-
-def _public(code: str, file: str, line: int) -> list[str]:
-    """The public names that code binds at its top level, imports apart."""
-    try:
-        tree = ast.parse(code)
-    except SyntaxError as error:
-        raise SourceError(file, line + (error.lineno or 1) - 1, f"syntax error: {error.msg}; mend the cell") from None
-
-    def bound(body: list[ast.stmt]) -> Iterator[str]:
-        for node in body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                yield node.name
-            elif isinstance(node, ast.Assign | ast.AnnAssign):
-                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    names = (n for n in ast.walk(target) if isinstance(n, ast.Name))
-                    yield from (n.id for n in names if isinstance(n.ctx, ast.Store))
-            elif isinstance(node, ast.If | ast.Try | ast.With | ast.For):
-                for part in ("body", "handlers", "orelse", "finalbody"):
-                    for child in getattr(node, part, []):
-                        yield from bound(child.body if isinstance(child, ast.ExceptHandler) else [child])
-
-    return [name for name in dict.fromkeys(bound(tree.body)) if not name.startswith("_")]

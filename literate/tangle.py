@@ -6,25 +6,25 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from literate import pieces
 from literate.files import commit
 from literate.myst import SourceError
-from literate.source import PACKAGE, Book, Chapter, Export, digest
+from literate.source import NOT_REEXPORTED, PACKAGE, Book, Chapter, Export, digest
 
-MARKER = re.compile(r"^# %% (.+) ([0-9a-f]{8})$", re.MULTILINE)
+MARKER = re.compile(r"^( {4})?# %% (.+) ([0-9a-f]{8})$", re.MULTILINE)
 BANNER = "# Generated from "
 HEAD = "head"
-# `book` needs what only the [book] extra installs.
-NOT_REEXPORTED = {"book"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A marked stretch of a package file; `line` is the line of its first line of code."""
+    """A marked stretch of a package file; `line` is the line of its first line of code, `inside` whether of a class."""
 
     key: str
     hash: str
     code: str
     line: int
+    inside: bool = False
 
     @property
     def end(self) -> int:
@@ -43,7 +43,8 @@ def split(text: str) -> list[Part]:
     for mark, end in zip(marks, ends, strict=True):
         body = text[mark.end() : end]
         start = mark.end() + (len(body) - len(body.lstrip("\n")) if body.strip() else 1)
-        parts.append(Part(mark[1], mark[2], body.strip("\n").rstrip(), text.count("\n", 0, start) + 1))
+        line = text.count("\n", 0, start) + 1
+        parts.append(Part(mark[2], mark[3], body.strip("\n").rstrip(), line, bool(mark[1])))
     return parts
 
 
@@ -51,7 +52,7 @@ def intact(text: str) -> bool:
     """Whether the head of a package file and all its markers are as tangle wrote them."""
     banner, *_ = text.partition(f"# %% {HEAD} ")
     head, *cells = split(text) or [Part("", "", "", 1)]
-    return head.key == HEAD and head.hash == _head_hash(banner, head.code, [(cell.key, cell.hash) for cell in cells])
+    return head.key == HEAD and head.hash == _head_hash(banner, head.code, cells)
 
 
 def key(chapter: Chapter, export: Export) -> str:
@@ -90,7 +91,7 @@ def hand_edit(path: Path, wanted: str | None) -> int | None:
     for cell in cells:
         if cell.edited:
             return cell.line
-    pristine = _join(text.partition(f"# %% {HEAD} ")[0], head.code, [(cell.key, cell.code) for cell in cells])
+    pristine = _join(text.partition(f"# %% {HEAD} ")[0], head.code, cells)
     return None if text == pristine else first_difference(text, pristine)
 
 
@@ -103,17 +104,19 @@ def first_difference(text: str, other: str) -> int:
     )
 
 
-def _join(banner: str, head: str, cells: list[tuple[str, str]]) -> str:
+def _join(banner: str, head: str, cells: list[Part]) -> str:
     """A package file: banner, head, then each cell under its marker."""
-    hashes = [(name, digest(code)) for name, code in cells]
-    blocks = [f"# %% {name} {value}\n{code}\n" for (name, value), (_, code) in zip(hashes, cells, strict=True)]
-    top = f"{banner}# %% {HEAD} {_head_hash(banner, head, hashes)}\n{head}\n"
-    return "\n\n".join([top, *blocks])
+    text = f"{banner}# %% {HEAD} {_head_hash(banner, head, cells)}\n{head}\n"
+    for cell in cells:
+        gap, indent = ("\n", pieces.INDENT) if cell.inside else ("\n\n", "")
+        text += f"{gap}{indent}# %% {cell.key} {cell.hash}\n{cell.code}\n"
+    return text
 
 
-def _head_hash(banner: str, head: str, cells: list[tuple[str, str]]) -> str:
+def _head_hash(banner: str, head: str, cells: list[Part]) -> str:
     """Covers all that stands outside the cells, so that a marker which goes missing is noticed."""
-    return digest("\n".join([banner, head, *(" ".join(cell) for cell in cells)]))
+    marks = [f"{pieces.INDENT * cell.inside}{cell.key} {cell.hash}" for cell in cells]
+    return digest("\n".join([banner, head, *marks]))
 
 
 def _banner(files: str) -> str:
@@ -125,32 +128,35 @@ def _banner(files: str) -> str:
 
 def _module(book: Book, name: str) -> str:
     pairs = book.modules[name]
-    chapters = list({chapter.stem: chapter for chapter, _ in pairs}.values())
+    chapters = sorted({chapter.stem: chapter for chapter, _ in pairs}.values(), key=lambda chapter: chapter.stem)
     titles = "; ".join(f"{chapter.number:02d}, {chapter.title}" for chapter in chapters)
     names = [name for _, export in pairs for name in export.names]
     head = f'"""Chapter{"s" * (len(chapters) > 1)} {titles}."""\n\n{_all(names)}'
-    cells = [(key(chapter, export), export.code) for chapter, export in pairs]
+    cells = [Part(key(c, e), e.hash, e.packaged, 0, e.piece is not None) for c, e in pairs]
     text = _join(_banner(", ".join(chapter.file for chapter in chapters)), head, cells)
     try:
         compile(text, name, "exec", dont_inherit=True)
     except SyntaxError as error:
         at = error.lineno or 1
-        part = next((n for n, part in enumerate(split(text)[1:]) if part.line <= at <= part.end), 0)
-        chapter, export = pairs[part]
-        line = export.line + at - split(text)[part + 1].line
+        parts = split(text)[1:]
+        number = next((n for n, part in enumerate(parts) if part.line <= at <= part.end), 0)
+        chapter, export = pairs[number]
+        line = export.line + export.offsets[max(0, at - parts[number].line)]
         raise SourceError(chapter.file, line, f"syntax error in module {name}: {error.msg}; mend the cell") from None
     return text
 
 
 def _init(book: Book) -> str:
     head = [f'"""{book.config.get("title", PACKAGE)}: the package that the chapters of the book build."""', ""]
-    for name in sorted(set(book.modules) - NOT_REEXPORTED):
-        names = _sorted([name for _, export in book.modules[name] for name in export.names])
-        if len(names) == 1:
-            head.append(f"from {PACKAGE}.{name} import {names[0]}")
-        elif names:
-            head += [f"from {PACKAGE}.{name} import (", *(f"    {n}," for n in names), ")"]
-    public = [name for name, module in book.public.items() if module not in NOT_REEXPORTED]
+    top = {name: _sorted(book.top(name)) for name in sorted(set(book.modules) - NOT_REEXPORTED)}
+    for module, names in top.items():
+        if not names:  # `gd.module` is there all the same
+            head.append(f"from {PACKAGE} import {module} as {module}")
+        elif len(names) == 1:
+            head.append(f"from {PACKAGE}.{module} import {names[0]}")
+        else:
+            head += [f"from {PACKAGE}.{module} import (", *(f"    {n}," for n in names), ")"]
+    public = [name for names in top.values() for name in names]
     head += ["", f'__version__ = "{book.version}"', "", _all([*public, "__version__"])]
     return _join(_banner("chapters/*.md"), "\n".join(head), [])
 

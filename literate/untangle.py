@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from literate import pieces
 from literate.files import commit
 from literate.myst import SourceError
 from literate.source import PACKAGE, Book, Chapter, Export
@@ -78,16 +78,12 @@ def _edit(home: list[tuple[Chapter, Export]], file: Path, part: Part) -> Iterato
     )
     if chapter is None:
         raise SourceError(file, part.line, f"conflict: edited here, and its cell {part.key} is gone from the chapter")
-    if export.code == part.code:
+    if export.packaged == part.code:
         return
     if export.hash != part.hash:
         where = f"{chapter.file}:{export.line}"
         raise SourceError(file, part.line, f"conflict: edited here and at {where}; undo one of the edits")
-    try:
-        ast.parse(part.code)
-    except SyntaxError as error:
-        line = part.line + (error.lineno or 1) - 1
-        raise SourceError(file, line, f"syntax error: {error.msg}; mend it") from None
     if not part.code:
         raise SourceError(file, part.line, f"the cell is empty; remove it in {chapter.file}:{export.line} instead")
-    yield Edit(file, part.line, part.code, chapter, export)
+    code = pieces.restore(part.code, export.piece and export.piece.owner, str(file), part.line)
+    yield Edit(file, part.line, code, chapter, export)

@@ -26,7 +26,7 @@ from literate.myst import SourceError
 from literate.source import PACKAGE, Book, Chapter, shown
 
 SLOW = 60  # seconds
-CELL_TIMEOUT = 600  # seconds
+CELL_TIMEOUT = 900  # seconds: for hangs
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 

@@ -63,7 +63,7 @@ def execute(notebook, python, folder):
         argv=[str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python"
     )
     try:
-        NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+        NotebookClient(notebook, km=manager, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
     finally:
         manager.shutdown_kernel(now=True)
     return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))

@@ -161,7 +161,7 @@ def line(function):
         t = torch.tensor(t, dtype=torch.float64, requires_grad=True)
         f = function(t)
         (slope,) = torch.autograd.grad(f, t)
-        return gd.Trial(float(t), float(f.detach()), float(slope))
+        return gd.newton.Trial(float(t), float(f.detach()), float(slope))
 
     return phi
 
@@ -172,7 +172,7 @@ def test_both_wolfe_conditions_hold(seed, power, constants):
     a, b, c = randn(3, seed=seed)
     phi = line(lambda t: 0.1 * t**4 + a * t**3 + b * torch.sin(5 * t) * 0.3 + t**2 - (2 + c.abs() + 1.5 * b.abs()) * t)
     start, (c1, c2) = phi(0.0), constants
-    found = gd.strong_wolfe(phi, start, 10.0**power, c1=c1, c2=c2)
+    found = gd.newton.strong_wolfe(phi, start, 10.0**power, c1=c1, c2=c2)
     assert found.f <= start.f + c1 * found.t * start.slope + 1e-12
     assert abs(found.slope) <= c2 * abs(start.slope)
 
@@ -181,7 +181,7 @@ def test_the_search_backs_out_of_where_there_is_no_loss():
     phi = line(lambda t: t - torch.log(1.5 - t) * 0.1 - 2 * t * (1.4 - t))
     start = phi(0.0)
     for first in (1.0, 10.0, 1e6):
-        found = gd.strong_wolfe(phi, start, first)
+        found = gd.newton.strong_wolfe(phi, start, first)
         assert found.f < start.f and math.isfinite(found.slope) and found.t < 1.5
 
 
@@ -190,18 +190,18 @@ def test_the_search_ends_with_the_start_where_nothing_is_lower():
 
     def phi(t):
         calls.append(t)
-        return gd.Trial(t, 1.0 + t, -1.0)  # a slope that lies
+        return gd.newton.Trial(t, 1.0 + t, -1.0)  # a slope that lies
 
-    start = gd.Trial(0.0, 1.0, -1.0)
-    assert gd.strong_wolfe(phi, start, limit=10) == start and len(calls) <= 10
+    start = gd.newton.Trial(0.0, 1.0, -1.0)
+    assert gd.newton.strong_wolfe(phi, start, limit=10) == start and len(calls) <= 10
 
 
 @pytest.mark.parametrize("bad", [{"t": 0.0}, {"c1": 0.0}, {"c2": 1.0}, {"c1": 0.5, "c2": 0.4}])
 def test_the_search_refuses(bad):
     with pytest.raises(ValueError, match="outside its range; pass"):
-        gd.strong_wolfe(lambda t: gd.Trial(t, 0.0, 0.0), gd.Trial(0.0, 1.0, -1.0), **bad)
+        gd.newton.strong_wolfe(lambda t: gd.newton.Trial(t, 0.0, 0.0), gd.newton.Trial(0.0, 1.0, -1.0), **bad)
     with pytest.raises(ValueError, match="slope at the start is 0; pass a direction that leads downhill"):
-        gd.strong_wolfe(lambda t: gd.Trial(t, 0.0, 0.0), gd.Trial(0.0, 1.0, 0.0))
+        gd.newton.strong_wolfe(lambda t: gd.newton.Trial(t, 0.0, 0.0), gd.newton.Trial(0.0, 1.0, 0.0))
 
 
 # --- products and conjugate gradients -------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_products_and_hessian_are_autodiffs_over_several_parameters():
 def test_conjugate_gradients_are_exact_after_d_products(seed, d, power):
     H = Quadratic(spectrum(power, 0, d), random_rotation(d, generator(seed))).H
     g, calls = randn(d, seed=seed), []
-    z, _, far = gd.truncated_cg(lambda v: calls.append(v) or H @ v, g)
+    z, _, far = gd.newton.truncated_cg(lambda v: calls.append(v) or H @ v, g)
     torch.testing.assert_close(z, -torch.linalg.solve(H, g), rtol=1e-5, atol=1e-5)
     assert not far and len(calls) <= d
 
@@ -250,7 +250,7 @@ def test_conjugate_gradients_are_exact_after_d_products(seed, d, power):
 def test_conjugate_gradients_count_distinct_eigenvalues(distinct):
     lam = spectrum(1, 0, distinct).repeat_interleave(8)
     g, calls = randn(len(lam)), []
-    z, _, _ = gd.truncated_cg(lambda v: calls.append(v) or lam * v, g, tol=1e-10)
+    z, _, _ = gd.newton.truncated_cg(lambda v: calls.append(v) or lam * v, g, tol=1e-10)
     assert len(calls) == distinct
     torch.testing.assert_close(z, -g / lam, rtol=1e-9, atol=1e-9)
 
@@ -261,7 +261,7 @@ def test_truncated_cg_stays_in_the_ball_and_beats_the_cauchy_point(seed, power):
     Q, radius = random_rotation(6, generator(seed)), 10.0**power
     H = Q * (randn(6, seed=seed) * 3) @ Q.T
     g = randn(6, seed=seed + 1)
-    z, _, far = gd.truncated_cg(lambda v: H @ v, g, radius)
+    z, _, far = gd.newton.truncated_cg(lambda v: H @ v, g, radius)
     assert z.norm() <= radius * (1 + 1e-9)
     assert not far or abs(z.norm() / radius - 1) < 1e-9
     curvature, length = float(g @ H @ g), radius / float(g.norm())
@@ -276,12 +276,12 @@ def test_truncated_cg_stays_in_the_ball_and_beats_the_cauchy_point(seed, power):
 def test_truncated_cg_without_a_radius_stops_at_negative_curvature():
     H = torch.diag(torch.tensor([2.0, -1.0], dtype=torch.float64))
     g = torch.tensor([1.0, 0.1], dtype=torch.float64)
-    z, _, far = gd.truncated_cg(lambda v: H @ v, g)
+    z, _, far = gd.newton.truncated_cg(lambda v: H @ v, g)
     assert not far and g @ z < 0
     for curvature in (-1.0, 0.0):
-        z, r, far = gd.truncated_cg(lambda v, c=curvature: c * v, g)
+        z, r, far = gd.newton.truncated_cg(lambda v, c=curvature: c * v, g)
         assert torch.equal(z, -g) and torch.equal(r, (1 - curvature) * g) and not far
-    assert not gd.truncated_cg(lambda v: v, torch.zeros(3))[0].any()
+    assert not gd.newton.truncated_cg(lambda v: v, torch.zeros(3))[0].any()
 
 
 @few
@@ -292,7 +292,7 @@ def test_truncated_cg_knows_its_residual(seed, power, limit):
     for spread in (randn(6, seed=seed), randn(6, seed=seed).abs() + 0.1):
         H = Q * spread @ Q.T
         for radius in (10.0**power, math.inf):
-            z, r, _ = gd.truncated_cg(lambda v, H=H: calls.append(v) or H @ v, g, radius, limit=limit)
+            z, r, _ = gd.newton.truncated_cg(lambda v, H=H: calls.append(v) or H @ v, g, radius, limit=limit)
             torch.testing.assert_close(r, H @ z + g, rtol=1e-9, atol=1e-9)
             assert len(calls) <= limit
             calls.clear()
@@ -302,11 +302,11 @@ def test_truncated_cg_stops_by_its_tolerance():
     lam, g = spectrum(2, 0, 12), randn(12)
     errors = []
     for k in range(1, 13):
-        z, r, _ = gd.truncated_cg(lambda v: lam * v, g, limit=k)
+        z, r, _ = gd.newton.truncated_cg(lambda v: lam * v, g, limit=k)
         errors.append(float(r.norm()))
     for k, error in enumerate(errors[:8], 1):
         calls = []
-        gd.truncated_cg(lambda v, calls=calls: calls.append(v) or lam * v, g, tol=error * (1 + 1e-9))
+        gd.newton.truncated_cg(lambda v, calls=calls: calls.append(v) or lam * v, g, tol=error * (1 + 1e-9))
         assert len(calls) == next(j for j, e in enumerate(errors, 1) if e <= error) <= k
 
 
@@ -315,7 +315,7 @@ def test_truncated_cg_of_what_is_not_finite_is_nan_at_once(bad):
     g = torch.tensor([1.0, bad, 2.0])
     for tol in (0.0, 0.01 * g.norm()):
         calls = []
-        z, _, far = gd.truncated_cg(lambda v, calls=calls: calls.append(v) or v, g, tol=tol, limit=50)
+        z, _, far = gd.newton.truncated_cg(lambda v, calls=calls: calls.append(v) or v, g, tol=tol, limit=50)
         assert z.isnan().any() and not far and len(calls) <= 1
 
 
@@ -369,7 +369,7 @@ def test_newton_cg_multiplies_no_more_often_than_conjugate_gradients(max_cg, mon
     bowl = Function(lambda x: (lam * (x - 1) ** 2).sum() / 2, torch.zeros(5))
     g = bowl.gradient(bowl.start)
     size, needed = float(g.norm()), []
-    gd.truncated_cg(
+    gd.newton.truncated_cg(
         lambda v: needed.append(v) or lam * v, g, 1e3, tol=min(0.5, math.sqrt(size)) * size, limit=max_cg
     )
     run(bowl, gd.NewtonCG, 1, lr=1e3, max_cg=max_cg)
@@ -393,7 +393,7 @@ def test_the_update_satisfies_the_secant_equation_and_stays_positive(seed, d):
     old = A @ A.T + torch.eye(d, dtype=torch.float64)
     old = (old + old.T) / 2  # on some processors A Aᵀ is symmetric up to rounding only
     (s,), (y,) = pairs(d, 1, seed)
-    new = gd.bfgs_update(old, s, y)
+    new = gd.newton.bfgs_update(old, s, y)
     rho, eye = 1 / (s @ y), torch.eye(d, dtype=torch.float64)
     left = eye - rho * torch.outer(s, y)
     torch.testing.assert_close(new, left @ old @ left.T + rho * torch.outer(s, s), rtol=1e-9, atol=1e-9)
@@ -407,11 +407,11 @@ def test_two_loops_are_the_dense_inverse(seed, d, m, scale):
     steps, changes = pairs(d, m, seed)
     inverse = scale * torch.eye(d, dtype=torch.float64)
     for s, y in zip(steps, changes, strict=True):
-        inverse = gd.bfgs_update(inverse, s, y)
+        inverse = gd.newton.bfgs_update(inverse, s, y)
     g = randn(d, seed=seed + 1)
     expected = inverse @ g
     tol = 1e-8 * float(torch.linalg.cond(inverse) ** 0.5 + expected.norm())
-    torch.testing.assert_close(gd.two_loop(g, steps, changes, scale), expected, rtol=tol, atol=tol)
+    torch.testing.assert_close(gd.newton.two_loop(g, steps, changes, scale), expected, rtol=tol, atol=tol)
 
 
 def test_lbfgs_with_a_full_memory_is_bfgs():
@@ -422,7 +422,7 @@ def test_lbfgs_with_a_full_memory_is_bfgs():
     changes = [b[1] - a[1] for a, b in zip(points, points[1:], strict=False)]
     inverse = optimizer.state[optimizer.param_groups[0]["params"][0]]["inverse_hessian"]
     g = points[-1][1]
-    torch.testing.assert_close(gd.two_loop(g, steps, changes), inverse @ g, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(gd.newton.two_loop(g, steps, changes), inverse @ g, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(inverse @ changes[-1], steps[-1], rtol=1e-6, atol=1e-9)
 
     class Plain(gd.BFGS):

@@ -182,7 +182,7 @@ PNG = base64.b64encode(b"x" * 100).decode()
 FIGURE = "---\nmystnb:\n  image: {alt: A}\n  figure: {caption: C}\n---\nassert double"
 
 
-@pytest.mark.parametrize("mime", ["image/png", "image/svg+xml", "application/vnd.plotly.v1+json"])
+@pytest.mark.parametrize("mime", ["image/png", "image/svg+xml", notebook.PLOTLY])
 def test_figures(woven, mime):
     content = {"data": [], "layout": {}} if mime.endswith("json") else PNG
     store(woven, [TICK, shown(mime, content)])

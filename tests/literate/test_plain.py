@@ -15,6 +15,9 @@ OTHER = """\
 (sec-other)=
 ## Other section
 
+(sec-marked)=
+## On $\\R^n$, `x` and {eq}`eq-other`
+
 $$ y $$ (eq-other)
 
 :::{exercise} Far
@@ -92,6 +95,7 @@ INLINE = [
     ("{ref}`this one <sec-here>`", "this one"),
     ("{ref}`sec-other`", f"[Other section]({SITE}02_other.html#sec-other)"),
     ("{ref}`ex-here`", "Exercise 1.1"),
+    ("{ref}`sec-marked`", f"[On $\\mathbb{{R}}^n$, `x` and (2.1)]({SITE}02_other.html#sec-marked)"),
     ("{numref}`fig-here`", "Figure 1.1"),
     ("{numref}`Fig. %s <fig-here>`", "Fig. 1.1"),
     ("{numref}`Fig. {number}, {name} <fig-here>`", "Fig. 1.1, It **falls**."),
@@ -110,6 +114,7 @@ INLINE = [
     ("{py:class}`guided_descent.sgd.SGD`", f"[`SGD`]({SITE}api.html#guided_descent.sgd.SGD)"),
     ("in $\\R^n$, not $\\Rank$", "in $\\mathbb{R}^n$, not $\\Rank$"),
     ("a\n$x\n< y$", "a\n$x < y$"),
+    ("`[a]{.b} {{ c }}` and $x_{.5}{{y}}$ stay", "`[a]{.b} {{ c }}` and $x_{.5}{{y}}$ stay"),
     ("`{eq}` and ``{eq}`x` `` stay", "`{eq}` and ``{eq}`x` `` stay"),
     ("a \\$5 and `$\\R$`", "a \\$5 and `$\\R$`"),
     ("- item {eq}`eq-here`\n  more\n\n  1. {ref}`sec-here`", "- item (1.1)\n  more\n\n  1. This section"),
@@ -161,6 +166,11 @@ WRONG = [
     ("[x](09_none.md)", 0, "no page is named 09_none"),
     ("{term}`none`", 0, "no glossary has the term none"),
     ("{zzz}`x`", 0, "unknown role {zzz}"),
+    ("a\n[text]{.class} b", 1, "attributes {.class}, which a notebook cannot show; remove them"),
+    ("`x`{.python}", 0, "attributes {.python}"),
+    ("![a](b.png){width=50% .x}", 0, "attributes {width=50% .x}"),
+    ("a\n\n{.class #id}\nb", 2, "attributes {.class #id}"),
+    ("a {{ name }} b", 0, "a substitution {{ name }}, which a notebook cannot show; write the text out"),
     ("a\n\n```{zzz}\nx\n```", 2, "unknown directive {zzz}"),
     (":::{note}\n\nDeep {eq}`eq-none`.\n:::", 2, "no eq is named eq-none"),
     (":::{solution} ex-none\nx\n:::", 0, "no ex is named ex-none"),

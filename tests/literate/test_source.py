@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from literate.source import Book, strip_directives
@@ -167,13 +170,6 @@ def test_exports(book):
     assert all(lines[e.line - 1] == e.code.split("\n")[0] for e in chapter.exports)
 
 
-def test_public_names(book):
-    code = "A, (b, *c) = 1, (2, 3)\n_d = 4\nif A:\n    e: int = 5\nelse:\n    def f(): pass\n"
-    code += "try:\n    import g\nexcept E:\n    h = 0"
-    book.edit(CHAPTER, "LIMIT = 10", code)
-    assert Book.load().chapters[0].exports[1].names == ("A", "b", "c", "e", "f", "h")
-
-
 def test_strip_directives():
     assert strip_directives("#| export\n\nx = 1") == "x = 1"
     assert strip_directives("x = 1\n# y") == "x = 1\n# y"
@@ -224,6 +220,18 @@ MALFORMED = {
     "label twice": ("(sec-triple)=", "(sec-double)=", "(sec-double)=\n## Tripling", "is also at line 11"),
     "label twice in the book": ("(sec-triple)=", "(ch-second)=", "(ch-second)=", "label ch-second is also at"),
     "no title": ("# First things", "First things", 1, "no title"),
+    "byte order mark": ("---\njupytext", "\ufeff---\njupytext", 1, "a byte order mark; save as UTF-8 without one"),
+    "kernel": ("language: python", "language: julia", "kernelspec", "a kernel for julia; only Python runs here"),
+    "language": ("python\nassert", "r\nassert", "```{code-cell} r", "a code cell in r; only Python runs here"),
+    "colon cell": ("```{code-cell} python\nassert double(2) == 4\nprint(\"✓ (eq-double) within 1e-12\")\n```",
+                   ":::{code-cell} python\nassert 1\n:::", ":::{code-cell}", "a code cell between :::"),
+    "raw cell": ("```{code-cell} python\nassert", "```{raw-cell}\nassert", "```{raw-cell}", "a raw cell"),
+    "cell magic": ("assert double(2) == 4", "%%time\nassert double(2)", "%%time", "a cell magic, %%time; write Python"),
+    "exported magic": ("LIMIT = 10", "%%bash\nls", "%%bash", "a cell magic, %%bash; write Python"),
+    "two titles": ("## Tripling", "# Tripling", "# Tripling", "a second title; start sections with ##"),
+    "amsmath": ("Some prose", "\\begin{align*}\nx\n\\end{align*}\n\nSome", "\\begin", "a bare {align*}, which only"),
+    "unbound": ("LIMIT = 10", "if 1 > 0:\n    LIMIT = 10", "    LIMIT", "LIMIT may be left unbound; bind it on every"),
+    "deleted elsewhere": ("LIMIT = 10", "LIMIT = 10\ndel double", "del double", "double is a public name"),
     "line break": ("Some prose", "Some\x0cprose", "Some\x0c", "a line break other than"),
 }  # fmt: skip
 
@@ -273,3 +281,69 @@ def test_examples_of_markdown_are_left_alone(shelf):
     text = "(ch-a)=\n# A\n\n````md\n```{code-cell} python\n#| exprot\n```\n````\n"
     shelf.write(CHAPTER, shelf.front + text)
     assert [cell.kind for cell in Book.load(shelf.root).chapters[0].cells] == ["markdown"]
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["{name: python3}", "{display_name: x}", "{language: python}", "python3", "{name: 3, language: Python}", "[]", ""],
+)
+def test_incomplete_kernelspec(book, kernel):
+    """Nothing here depends on it: the notebook's kernel is always Python's."""
+    book.edit(CHAPTER, "{display_name: Python 3, language: python, name: python3}", kernel)
+    for verb in ("tangle", "untangle"):
+        assert book.run(verb) == 0, book.err
+    assert book.run("check") == 1
+    assert book.out.splitlines()[-1] == "1 to mend"
+
+
+TOP = "---\n(ch-first)"
+
+
+def listed(book, line):
+    book.edit(CHAPTER, TOP, f"{line}\n{TOP}")
+
+
+@pytest.mark.parametrize(
+    ("line", "top"),
+    [
+        ("top_level: [double]", {"double"}),
+        ("top_level:\n- triple\n- LIMIT", {"triple", "LIMIT"}),
+        ("top_level: []", set()),
+        ("", {"double", "triple", "LIMIT"}),
+    ],
+)
+def test_top_level(book, line, top):
+    """What a user types after `gd.`; modules and their `__all__` stay as they are."""
+    modules = {name: book.read(f"guided_descent/{name}.py") for name in ("maths", "other")}
+    if line:
+        listed(book, line)
+    assert book.run("tangle") == 0, book.err
+    assert {name: book.read(f"guided_descent/{name}.py") for name in modules} == modules
+    code = "import guided_descent as gd; print(sorted(gd.__all__), gd.other.triple(1), gd.maths.LIMIT)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=book.root, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{sorted([*top, '__version__'])} 3 10\n"
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F", "guided_descent"]
+    subprocess.run(ruff, cwd=book.root, check=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "at", "message"),
+    [
+        ("top_level: [doubel]", "top_level", "top_level lists doubel, which this chapter does not export"),
+        ("top_level:\n- triple\n- g.h", "- g.h", "top_level lists g.h, which this chapter does not export"),
+        ("top_level:\n- triple\n- triple", "- triple", "top_level lists triple twice"),
+        ("top_level: double", "top_level", "top_level is no list of names"),
+        ("top_level: [1]", "top_level", "top_level is no list of names"),
+        ("top_level:", "top_level", "top_level is no list of names"),
+    ],
+)
+def test_top_level_that_cannot_be(book, line, at, message):
+    listed(book, line)
+    said = book.refuses("tangle")
+    assert said.startswith(f"{CHAPTER}:{book.line(CHAPTER, at)}: {message}"), said
+
+
+def test_book_module_is_never_at_the_top(book):
+    book.edit(CHAPTER, "#| export other", "#| export book")
+    listed(book, "top_level: [triple]")
+    assert "top_level lists triple of module book" in book.refuses("tangle")

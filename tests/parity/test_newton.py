@@ -218,10 +218,10 @@ def test_the_line_search_needs_no_more_trials_than_minpacks():
         def phi(t, x=x, d=d, used=used):
             used.append(t)
             slope = problem.gradient(x + t * d)
-            return gd.Trial(t, float(problem.loss(x + t * d)), float(slope @ d))
+            return gd.newton.Trial(t, float(problem.loss(x + t * d)), float(slope @ d))
 
         start = phi(0.0)
-        found = gd.strong_wolfe(phi, start)
+        found = gd.newton.strong_wolfe(phi, start)
         theirs = line_search_wolfe1(
             lambda v: float(problem.loss(torch.tensor(v))),
             lambda v: problem.gradient(torch.tensor(v)).numpy(),

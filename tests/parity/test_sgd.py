@@ -192,3 +192,18 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
         optimizer.add_param_group({"params": second, "momentum": 1.5})
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": second, "nesterov": False, "momentum": 0.0})
+
+
+def test_a_checkpoint_is_checked_like_a_group():
+    """Options that exclude each other are refused wherever they come from, and nothing changes."""
+    x = torch.ones(2, requires_grad=True)
+    for own, foreign, message in [
+        ({}, {"nesterov": True}, "nesterov=True with momentum=0"),
+        ({"nonfinite": "skip"}, {"momentum": 0.9, "dampening": 0.1}, "dampening=0.1 with nonfinite='skip'"),
+    ]:
+        optimizer = SGD([x], **own)
+        before = optimizer.state_dict()
+        bad = {"state": {}, "param_groups": [{**before["param_groups"][0], **foreign}]}
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(bad)
+        assert optimizer.state_dict() == before
