@@ -809,3 +809,18 @@ def test_parameters_of_two_types():
         NaturalGradient(watched, damping=0.1, tol=1e-4).step(lambda w=watched: F.cross_entropy(w(X), y))
     assert [p.dtype for p in model.parameters()] == [torch.float64] * 2 + [torch.float32] * 2
     assert all(close(a.double(), b, 1e-4) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_every_output_of_a_step_is_checked(wrong):
+    """Two calls of the model: a loss of classes on the one, a regression on the other."""
+    model, (X, y) = network(), batch()
+
+    def closure():
+        outputs = [model(X), model(X)]
+        return F.cross_entropy(outputs[1 - wrong], y) + F.mse_loss(outputs[wrong], X[:, :3])
+
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="another likelihood"):
+        NaturalGradient(model).step(closure)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
