@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 436c20bc
+# %% head 28e3a873
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-# %% 07_curvature_matrices sec-cm-operator 1 cc96cb04
+# %% 07_curvature_matrices sec-cm-operator 1 29b58619
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from guided_descent.core import Options, check_choice, check_range
+from guided_descent.core import Options, check_choice, check_range, wide
 from guided_descent.newton import truncated_cg
 from guided_descent.vector import Objective, VectorOptimizer, flat, pull, unflat
 
@@ -627,7 +627,7 @@ class EmpiricalFisher(OutputCurvature):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-natural 1 bd6b0c6d
+# %% 07_curvature_matrices sec-cm-natural 1 c815bc26
 class NaturalGradient(VectorOptimizer):
     """Natural gradient: steepest descent where distance is KL divergence.
 
@@ -730,7 +730,7 @@ class NaturalGradient(VectorOptimizer):
             )
         if group["likelihood"] == "categorical" and not self._checked:
             self._check_classes()
-        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        g = g.to(wide(g.dtype))
         F = self._fisher(objective.params, LIKELIHOODS[group["likelihood"]])
         z, _, _ = truncated_cg(
             lambda v: F(v) + group["damping"] * v,

@@ -1043,7 +1043,7 @@ def test_the_memory_of_other_parameters_is_forgotten(method):
 def test_a_frozen_part_may_be_of_any_type(method):
     frozen = torch.ones(3, dtype=torch.bfloat16)
     free = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = method([frozen, free])
+    optimizer = method([free, frozen])
     for _ in range(5):
         optimizer.step(closure_of(optimizer, lambda: (free - frozen.double()).square().sum()))
     torch.testing.assert_close(free.detach(), torch.ones_like(free))
