@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head bfb53608
+# %% head 3cb808fa
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -15,13 +15,12 @@ __all__ = [
     "check_choice",
     "check_range",
     "known",
-    "plain",
     "share",
     "wide",
 ]
 
 
-# %% 23_machinery sec-optimizer 1 40e8a348
+# %% 23_machinery sec-optimizer 1 8b31cc2d
 import functools
 import operator
 from collections import defaultdict
@@ -33,7 +32,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from guided_descent.engines import ENGINES, Job, Names
+from guided_descent.engines import ENGINES, Job, Names, plain
 
 
 # %% 23_machinery sec-optimizer 2 79fd7013
@@ -472,7 +471,7 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped = before + (~finite).long()
         return finite
 
-    # %% 23_machinery sec-base-class 7 e6eeb39c
+    # %% 23_machinery sec-base-class 7 a765ec0b
     def _advance(
         self,
         group: dict[str, Any],
@@ -489,7 +488,8 @@ class Optimizer(torch.optim.Optimizer):
             if not plan.begun:
                 g = directions.get(p, p.grad)
                 g = -g if group["maximize"] else g
-                g = g if finite is None else torch.where(finite.to(p.device), g, 0)
+                if finite is not None and not hasattr(p, "placements"):
+                    g = torch.where(finite.to(p.device), g, 0)
                 state = method._initial(p, g, _shared(group))
                 fresh = fresh or {name: state[name] for name in method.clocks}
                 self.state[p].update(state | fresh)  # who begins together shares clocks
@@ -763,7 +763,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 82e2aaec
+# %% 23_machinery sec-base-class 9 ec2c5bb3
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -784,15 +784,6 @@ TRANSIENT -= {"defaults", "state", "param_groups"}
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type to compute in: this one, or single precision if that is wider."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def plain(x: Tensor) -> Tensor:
-    """A tensor as an elementwise rule sees it: this process's part, in real numbers.
-
-    It shares memory with ``x``.
-    """
-    x = x.to_local() if hasattr(x, "placements") else x
-    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def _whole(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 72d1e48e
+# %% head 6b83e518
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -11,10 +11,11 @@ __all__ = [
     "Job",
     "Names",
     "matrixwise",
+    "plain",
 ]
 
 
-# %% 23_machinery sec-batch 1 6c724c91
+# %% 23_machinery sec-batch 1 830d86e0
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -32,6 +33,15 @@ class Names:
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():
             setattr(self, name, value)
+
+
+def plain(x: Tensor) -> Tensor:
+    """A tensor as an elementwise rule sees it: this process's part, in real numbers.
+
+    It shares memory with ``x``.
+    """
+    x = x.to_local() if hasattr(x, "placements") else x
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 # %% 23_machinery sec-batch 2 c76f8e9e
@@ -160,7 +170,7 @@ def _stack(x: Any, alike: list[int]) -> Any:
     return first[None] if len(alike) == 1 else torch.stack([x.tensors[i] for i in alike])
 
 
-# %% 23_machinery sec-engines 1 23cf88f7
+# %% 23_machinery sec-engines 1 234ceacd
 class Job(NamedTuple):
     """What an engine has to run, beside the tensors."""
 
@@ -189,7 +199,7 @@ def _run(job: Job, p: list, g: list, s: dict[str, list], call: Callable[..., Non
     call(job, p, g, s)
     for x, new, before in zip(kept, work, old, strict=True):
         if job.finite is not None:
-            x.copy_(torch.where(job.finite, new, before))
+            plain(x).copy_(torch.where(job.finite, plain(new), plain(before)))
         elif new is not x:
             x.copy_(new)
 
