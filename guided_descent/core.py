@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 3cb808fa
+# %% head d0f1491d
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -332,7 +332,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._advance(group, params, engine, directions, keep)
         return loss
 
-    # %% 23_machinery sec-base-class 4 b9b24506
+    # %% 23_machinery sec-base-class 4 c465d5b8
     def _engine(self, group: dict[str, Any], params: list[Tensor]) -> str:
         """The engine a group runs on, after refusing what it cannot do."""
         method, odd = self._method(group), ""
@@ -370,30 +370,30 @@ class Optimizer(torch.optim.Optimizer):
     def _plan(
         self, method: "Optimizer", p: Tensor, group: dict[str, Any], seen: tuple[Any, ...]
     ) -> _Plan:
-        label, state = self._label(p, group), self.state.get(p, {})
+        kind, state = type(method).__name__, self.state.get(p, {})
         sharded, whole = hasattr(p, "placements"), not method.elementwise or method.matrices
+        partial = sharded and any(x.is_partial() for x in p.placements)
+        why = self.misfit(p, state, group)
         if p.grad.shape != p.shape:
-            raise ValueError(
-                f"{label} has shape {tuple(p.shape)} and a gradient of shape "
-                f"{tuple(p.grad.shape)}; clear it with zero_grad() and call backward again"
+            why = (
+                f"it has a gradient of shape {tuple(p.grad.shape)}; clear that with zero_grad() "
+                "and call backward again"
             )
-        if p.is_complex() and whole:
-            raise ValueError(
-                f"{type(method).__name__} got a complex parameter of shape {tuple(p.shape)}; "
-                "it works on matrices of reals: pass torch.view_as_real of it"
+        elif p.is_complex() and whole:
+            why = f"it is complex, and {kind} works on reals: pass torch.view_as_real of it"
+        elif partial or sharded and method.matrices:
+            why = (
+                f"it is sharded over processes (DTensor), and {kind} needs all of it; use an "
+                "elementwise method such as AdamW for it"
             )
-        if sharded and (method.matrices or any(x.is_partial() for x in p.placements)):
-            raise ValueError(
-                f"{type(method).__name__} needs whole matrices and {label} is sharded over "
-                "processes (DTensor); use an elementwise method such as AdamW for it"
+        elif sharded and whole and group["engine"] not in ("auto", "loop"):
+            why = (
+                f"it is sharded over processes (DTensor), where {kind} has no "
+                f"engine={group['engine']!r}; use engine='auto'"
             )
-        if sharded and whole and group["engine"] not in ("auto", "loop"):
-            raise ValueError(
-                f"engine={group['engine']!r} cannot run {type(method).__name__} on {label}, "
-                "which is sharded over processes (DTensor); use engine='auto'"
-            )
-        if why := self.misfit(p, state, group):
-            raise ValueError(f"{label}: {why}")
+        if why:
+            shape = tuple(p.shape)
+            raise ValueError(f"{kind} cannot step {self._label(p, group)}, {shape}: {why}")
         wanted = method._initial(_meta(p), _meta(p), _shared(group))
         names = tuple(name for name in wanted if name not in method.clocks)
         begun = all(name in state for name in wanted)
@@ -575,7 +575,7 @@ class Optimizer(torch.optim.Optimizer):
             self._turns[every] = list(zip(turns, (unit for unit, _ in units), strict=True))
         return {unit for turn, unit in self._turns[every] if turn == now % every and now}
 
-    # %% 23_machinery sec-base-class 8 db3182bb
+    # %% 23_machinery sec-base-class 8 92e7bb58
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
         group = _named({**param_group})
@@ -641,7 +641,7 @@ class Optimizer(torch.optim.Optimizer):
         """What an error calls a parameter."""
         names = group.get("param_names") or [""] * len(group["params"])
         name = next(n for n, q in zip(names, group["params"], strict=True) if q is p)
-        return f"parameter {name!r}" if name else f"a parameter of shape {tuple(p.shape)}"
+        return f"parameter {name!r}" if name else "a parameter"
 
 
     def __getstate__(self) -> dict[str, Any]:
@@ -742,7 +742,8 @@ class Optimizer(torch.optim.Optimizer):
             found = state.get(key, {})
             if all(value is not None for value in found.values()):
                 if why := self.misfit(p, found, full):
-                    raise ValueError(f"the checkpoint does not fit {self._label(p, own)}: {why}")
+                    label, shape = self._label(p, own), tuple(p.shape)
+                    raise ValueError(f"the checkpoint does not fit {label}, {shape}: {why}")
 
 
 # %% 23_machinery sec-base-class 6 de1e1167
