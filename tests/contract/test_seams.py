@@ -227,6 +227,7 @@ def test_each_basis_is_renewed_once_in_a_period_in_steps_of_like_cost(engine):
         renewed.append({i for i, (x, y) in enumerate(zip(before, after, strict=True)) if not torch.equal(x, y)})
     assert [len(x) for x in renewed] == [6, 6, 1] * 2 and renewed[2] == {12}
     assert renewed[0] | renewed[1] == set(range(12)) and renewed[3:] == renewed[:3]
+    assert optimizer.param_groups[0]["steps"] == 7
 
 
 @every_engine
