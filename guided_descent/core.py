@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c9732d7d
+# %% head d0f1491d
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -15,14 +15,14 @@ __all__ = [
     "check_choice",
     "check_range",
     "known",
-    "plain",
     "share",
     "wide",
 ]
 
 
-# %% 23_machinery sec-optimizer 1 7915b1ae
+# %% 23_machinery sec-optimizer 1 8b31cc2d
 import functools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from guided_descent.engines import ENGINES, Job, Names
+from guided_descent.engines import ENGINES, Job, Names, plain
 
 
 # %% 23_machinery sec-optimizer 2 79fd7013
@@ -165,12 +165,13 @@ def share(costs: list[float], bins: int) -> list[int]:
     return where
 
 
-# %% 23_machinery sec-base-class 1 9e07fdbd
+# %% 23_machinery sec-base-class 1 28ee6430
 class _Plan(NamedTuple):
     """How a parameter meets its rule, until something changes."""
 
-    seen: tuple[Any, ...]  # what it was derived from
-    names: tuple[str, ...]  # the state that the rule sees, clocks apart
+    seen: tuple[Any, ...]  # what it was derived from,
+    state: list[Tensor]  # and the state that the rule sees, clocks apart,
+    names: tuple[str, ...]  # with its names
     begun: bool
     key: tuple[Any, ...]  # parameters with equal keys may share a call
     odd: str  # why torch's fused kernels cannot take it, or nothing
@@ -331,7 +332,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._advance(group, params, engine, directions, keep)
         return loss
 
-    # %% 23_machinery sec-base-class 4 81b423bb
+    # %% 23_machinery sec-base-class 4 c465d5b8
     def _engine(self, group: dict[str, Any], params: list[Tensor]) -> str:
         """The engine a group runs on, after refusing what it cannot do."""
         method, odd = self._method(group), ""
@@ -344,9 +345,13 @@ class Optimizer(torch.optim.Optimizer):
                     f"parameter of shape {tuple(p.shape)}; use a dense gradient "
                     "(nn.Embedding: sparse=False)"
                 )
-            kept = [id(x) for name, x in state.items() if name not in method.clocks]
-            seen = (p.shape, p.stride(), p.dtype, p.device, g.stride(), g.dtype, kept, settings)
-            if plan is None or plan.seen != seen:
+            seen = (p.shape, p.stride(), p.dtype, p.device, g.stride(), g.dtype, settings)
+            if not (
+                plan
+                and plan.begun
+                and plan.seen == seen
+                and all(map(operator.is_, map(state.get, plan.names), plan.state))
+            ):
                 plan = self._plan(method, p, group, seen)
             odd = odd or plan.odd
         name = group["engine"]
@@ -365,37 +370,38 @@ class Optimizer(torch.optim.Optimizer):
     def _plan(
         self, method: "Optimizer", p: Tensor, group: dict[str, Any], seen: tuple[Any, ...]
     ) -> _Plan:
-        label, state = self._label(p, group), self.state.get(p, {})
+        kind, state = type(method).__name__, self.state.get(p, {})
         sharded, whole = hasattr(p, "placements"), not method.elementwise or method.matrices
+        partial = sharded and any(x.is_partial() for x in p.placements)
+        why = self.misfit(p, state, group)
         if p.grad.shape != p.shape:
-            raise ValueError(
-                f"{label} has shape {tuple(p.shape)} and a gradient of shape "
-                f"{tuple(p.grad.shape)}; clear it with zero_grad() and call backward again"
+            why = (
+                f"it has a gradient of shape {tuple(p.grad.shape)}; clear that with zero_grad() "
+                "and call backward again"
             )
-        if p.is_complex() and whole:
-            raise ValueError(
-                f"{type(method).__name__} got a complex parameter of shape {tuple(p.shape)}; "
-                "it works on matrices of reals: pass torch.view_as_real of it"
+        elif p.is_complex() and whole:
+            why = f"it is complex, and {kind} works on reals: pass torch.view_as_real of it"
+        elif partial or sharded and method.matrices:
+            why = (
+                f"it is sharded over processes (DTensor), and {kind} needs all of it; use an "
+                "elementwise method such as AdamW for it"
             )
-        if sharded and (method.matrices or any(x.is_partial() for x in p.placements)):
-            raise ValueError(
-                f"{type(method).__name__} needs whole matrices and {label} is sharded over "
-                "processes (DTensor); use an elementwise method such as AdamW for it"
+        elif sharded and whole and group["engine"] not in ("auto", "loop"):
+            why = (
+                f"it is sharded over processes (DTensor), where {kind} has no "
+                f"engine={group['engine']!r}; use engine='auto'"
             )
-        if sharded and whole and group["engine"] not in ("auto", "loop"):
-            raise ValueError(
-                f"engine={group['engine']!r} cannot run {type(method).__name__} on {label}, "
-                "which is sharded over processes (DTensor); use engine='auto'"
-            )
-        if why := self.misfit(p, state, group):
-            raise ValueError(f"{label}: {why}")
+        if why:
+            shape = tuple(p.shape)
+            raise ValueError(f"{kind} cannot step {self._label(p, group)}, {shape}: {why}")
         wanted = method._initial(_meta(p), _meta(p), _shared(group))
         names = tuple(name for name in wanted if name not in method.clocks)
         begun = all(name in state for name in wanted)
         if begun:
             for name in names:
                 x, like = state[name], wanted[name]
-                if x.shape == p.shape and not sharded and _place(x) != (like.stride(), p.device):
+                moved = x.device != p.device or x.stride() != like.stride()
+                if moved and x.shape == p.shape and not sharded:
                     state[name] = torch.empty_like(p, dtype=x.dtype).copy_(x)
         dtypes = tuple((state if begun else wanted)[name].dtype for name in names)
         view = None
@@ -404,8 +410,9 @@ class Optimizer(torch.optim.Optimizer):
         elif sharded or p.is_complex():
             view = plain
         key = (p.device, p.dtype, view, names, dtypes)
-        odd = _unfusable(p, [state[name] for name in names] if begun else [], set(dtypes))
-        self._plans[p] = plan = _Plan(seen, names, begun, key, odd)
+        odd = _unfusable(p, set(dtypes))
+        kept = [state[name] for name in names] if begun else []
+        self._plans[p] = plan = _Plan(seen, kept, names, begun, key, odd)
         return plan
 
 
@@ -464,7 +471,7 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped = before + (~finite).long()
         return finite
 
-    # %% 23_machinery sec-base-class 7 169d7049
+    # %% 23_machinery sec-base-class 7 a765ec0b
     def _advance(
         self,
         group: dict[str, Any],
@@ -479,7 +486,13 @@ class Optimizer(torch.optim.Optimizer):
         for p in params if not method.matrices else [p for p in params if p.numel()]:
             plan = self._plans[p]
             if not plan.begun:
-                self._begin(method, p, directions.get(p, p.grad), group, fresh, finite)
+                g = directions.get(p, p.grad)
+                g = -g if group["maximize"] else g
+                if finite is not None and not hasattr(p, "placements"):
+                    g = torch.where(finite.to(p.device), g, 0)
+                state = method._initial(p, g, _shared(group))
+                fresh = fresh or {name: state[name] for name in method.clocks}
+                self.state[p].update(state | fresh)  # who begins together shares clocks
             history = [id(self.state[p][name]) for name in method.clocks]
             calls[(plan.key, *history)].append(p)
         due = self._due(method, group)
@@ -513,27 +526,10 @@ class Optimizer(torch.optim.Optimizer):
                 p, g = [p[i] for i in turn], [g[i] for i in turn]
                 ENGINES["foreach" if engine == "foreach" else "loop"](again, p, g, s)
             for x, copy in copies:
-                x.copy_(_placed(copy.view(x.shape), x, x.dtype))
+                y = copy.view(x.shape)
+                x.copy_(_placed(y, x, x.dtype) if view else y)
             for q in some if now else ():
                 self.state[q].update(now)
-
-
-    def _begin(
-        self,
-        method: "Optimizer",
-        p: Tensor,
-        g: Tensor,
-        group: dict[str, Any],
-        fresh: dict[str, Tensor],
-        finite: Tensor | None,
-    ) -> None:
-        """The state before the first step; tensors that begin together share their clocks."""
-        g = -g if group["maximize"] else g
-        if finite is not None:
-            g = torch.where(finite.to(p.device), g, 0)
-        for name, value in method._initial(p, g, _shared(group)).items():
-            shared = name in method.clocks
-            self.state[p][name] = fresh.setdefault(name, value) if shared else value
 
 
     def _initial(self, p: Tensor, g: Tensor, h: Names) -> dict[str, Tensor]:
@@ -579,7 +575,7 @@ class Optimizer(torch.optim.Optimizer):
             self._turns[every] = list(zip(turns, (unit for unit, _ in units), strict=True))
         return {unit for turn, unit in self._turns[every] if turn == now % every and now}
 
-    # %% 23_machinery sec-base-class 8 db3182bb
+    # %% 23_machinery sec-base-class 8 92e7bb58
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
         group = _named({**param_group})
@@ -645,7 +641,7 @@ class Optimizer(torch.optim.Optimizer):
         """What an error calls a parameter."""
         names = group.get("param_names") or [""] * len(group["params"])
         name = next(n for n, q in zip(names, group["params"], strict=True) if q is p)
-        return f"parameter {name!r}" if name else f"a parameter of shape {tuple(p.shape)}"
+        return f"parameter {name!r}" if name else "a parameter"
 
 
     def __getstate__(self) -> dict[str, Any]:
@@ -746,7 +742,8 @@ class Optimizer(torch.optim.Optimizer):
             found = state.get(key, {})
             if all(value is not None for value in found.values()):
                 if why := self.misfit(p, found, full):
-                    raise ValueError(f"the checkpoint does not fit {self._label(p, own)}: {why}")
+                    label, shape = self._label(p, own), tuple(p.shape)
+                    raise ValueError(f"the checkpoint does not fit {label}, {shape}: {why}")
 
 
 # %% 23_machinery sec-base-class 6 de1e1167
@@ -767,7 +764,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 c69346bd
+# %% 23_machinery sec-base-class 9 ec2c5bb3
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -779,31 +776,15 @@ ALGORITHMS = {
     "rmsprop": "adaptive.RMSprop",
     "sgd": "sgd.SGD",
 }
-#: Attributes that a copy of an optimizer makes anew: torch's hooks and clocks, and ours.
-TRANSIENT = {
-    "step", "_graph", "_plans", "_turns", "_others", "_opt_called", "_zero_grad_profile_name",
-    "_patch_step_function", "_warned_capturable_if_run_uncaptured", "_step_count",
-    *(f"_optimizer_{kind}_hooks" for kind in ("step_pre", "step_post")),
-    *(
-        f"_optimizer_{verb}_{side}_hooks"
-        for verb in ("state_dict", "load_state_dict")
-        for side in ("pre", "post")
-    ),
-}
+#: Attributes that a copy makes anew: what torch hangs on every optimizer, and ours.
+TRANSIENT = vars(torch.optim.SGD([torch.zeros(1)])).keys() | {"step", "_graph", "_opt_called"}
+TRANSIENT |= {"_plans", "_turns", "_others"}
+TRANSIENT -= {"defaults", "state", "param_groups"}
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type to compute in: this one, or single precision if that is wider."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def plain(x: Tensor) -> Tensor:
-    """A tensor as an elementwise rule sees it: this process's part, in real numbers.
-
-    It shares memory with ``x``.
-    """
-    x = x.to_local() if hasattr(x, "placements") else x
-    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -846,10 +827,6 @@ def _meta(p: Tensor) -> Tensor:
     if hasattr(p, "placements"):
         return torch.empty(p.shape, dtype=p.dtype, device="meta")
     return torch.empty_like(p, device="meta")
-
-
-def _place(x: Tensor) -> tuple[tuple[int, ...], torch.device]:
-    return x.stride(), x.device
 
 
 def _placed(value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -971,7 +948,7 @@ def _state_dtype(
     return dtype.to_complex() if value.is_complex() and not dtype.is_complex else dtype
 
 
-def _unfusable(p: Tensor, state: list[Tensor], dtypes: set[torch.dtype]) -> str:
+def _unfusable(p: Tensor, dtypes: set[torch.dtype]) -> str:
     """Why torch's fused kernels cannot take a parameter, or nothing."""
     if not p.is_floating_point():
         return "a parameter is not a real floating-point tensor"
@@ -985,6 +962,4 @@ def _unfusable(p: Tensor, state: list[Tensor], dtypes: set[torch.dtype]) -> str:
         return "a parameter or its gradient is not contiguous"
     if dtypes - {p.dtype} or g.dtype != p.dtype:
         return f"a state or gradient is not {p.dtype}, as its parameter is; see state_dtype="
-    if any(plain(x).stride() != p.stride() or x.device != p.device for x in state):
-        return "a state lies otherwise in memory than its parameter"
     return ""

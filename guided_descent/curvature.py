@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a89ca727
+# %% head 8f081333
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-# %% 07_curvature_matrices sec-cm-operator 1 78402bed
+# %% 07_curvature_matrices sec-cm-operator 1 265cdba7
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from guided_descent.core import Options, check_choice, check_range
+from guided_descent.core import Options, check_choice, check_range, wide
 from guided_descent.likelihoods import LIKELIHOODS, Likelihood
 from guided_descent.newton import truncated_cg
 from guided_descent.vector import Objective, VectorOptimizer, flat, pull, unflat
@@ -549,7 +549,7 @@ class EmpiricalFisher(OutputCurvature):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-natural 1 bd6b0c6d
+# %% 07_curvature_matrices sec-cm-natural 1 c815bc26
 class NaturalGradient(VectorOptimizer):
     """Natural gradient: steepest descent where distance is KL divergence.
 
@@ -652,7 +652,7 @@ class NaturalGradient(VectorOptimizer):
             )
         if group["likelihood"] == "categorical" and not self._checked:
             self._check_classes()
-        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        g = g.to(wide(g.dtype))
         F = self._fisher(objective.params, LIKELIHOODS[group["likelihood"]])
         z, _, _ = truncated_cg(
             lambda v: F(v) + group["damping"] * v,
@@ -704,7 +704,7 @@ class NaturalGradient(VectorOptimizer):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-trace 1 524ba9a5
+# %% 07_curvature_matrices sec-cm-trace 1 a693da5c
 class Estimate(NamedTuple):
     """A random estimate and its standard error."""
 
@@ -746,7 +746,7 @@ def hutchinson_trace(
         generator: On the matrix's device. Default: torch's.
 
     Raises:
-        ValueError: ``samples`` below 2.
+        TypeError, ValueError: ``samples`` is no integer of at least 2.
 
     Source: Hutchinson (1989), doi 10.1080/03610918908812806. Chapter 07,
     eq-cm-hutchinson.
@@ -767,7 +767,7 @@ def hutchinson_diagonal(
         generator: On the matrix's device. Default: torch's.
 
     Raises:
-        ValueError: ``samples`` below 2.
+        TypeError, ValueError: ``samples`` is no integer of at least 2.
 
     Source: Bekas et al. (2007), doi 10.1016/j.apnum.2007.01.003. Chapter
     07, eq-cm-diagonal.
@@ -781,7 +781,7 @@ def _mean(x: Tensor) -> Estimate:
     return Estimate(x.mean(-1), x.std(-1) / x.shape[-1] ** 0.5)
 
 
-# %% 07_curvature_matrices sec-cm-trace 2 af531814
+# %% 07_curvature_matrices sec-cm-trace 2 b5d90894
 def hutchpp_trace(
     A: Any, products: int = 99, *, generator: torch.Generator | None = None
 ) -> Estimate:
@@ -796,7 +796,7 @@ def hutchpp_trace(
         generator: On the matrix's device. Default: torch's.
 
     Raises:
-        ValueError: ``products`` below 6.
+        TypeError, ValueError: ``products`` is no integer of at least 6.
 
     Source: Meyer et al. (2021), arXiv 2010.09649. Chapter 07,
     eq-cm-hutchpp.
@@ -810,7 +810,7 @@ def hutchpp_trace(
     return Estimate((Q * (A @ Q)).sum() + rest.value, rest.error)
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 1 ef9036e9
+# %% 07_curvature_matrices sec-cm-spectrum 1 1bd08a34
 class Ritz(NamedTuple):
     """What Lanczos learns of a spectrum."""
 
@@ -853,8 +853,8 @@ def lanczos(
         Ritz values and vectors, errors and weights.
 
     Raises:
-        ValueError: ``steps`` below 1, ``tol`` not positive, or a ``start``
-            of the wrong shape or without a direction.
+        TypeError, ValueError: ``steps`` is no integer of at least 1, ``tol`` not
+            positive, or ``start`` of the wrong shape or without a direction.
 
     Source: Lanczos (1950), doi 10.6028/jres.045.026. Chapter 07,
     eq-cm-lanczos.
@@ -902,7 +902,7 @@ def _tridiagonal(alpha: list[Tensor], beta: list[Tensor]) -> tuple[Tensor, Tenso
     return torch.linalg.eigh(T)
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 2 4d40cc4b
+# %% 07_curvature_matrices sec-cm-spectrum 2 c22ea8b9
 def spectral_density(
     A: Any,
     grid: Tensor,
@@ -930,7 +930,7 @@ def spectral_density(
         The density, of the grid's shape.
 
     Raises:
-        ValueError: An argument outside its range.
+        TypeError, ValueError: An argument outside its range, or of another kind.
 
     Source: Ubaru et al. (2017), doi 10.1137/16M1104974; Ghorbani et al.
     (2019), arXiv 1901.10159. Chapter 07, eq-cm-quadrature.

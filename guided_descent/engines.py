@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head cc9242d7
+# %% head 6b83e518
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -11,13 +11,15 @@ __all__ = [
     "Job",
     "Names",
     "matrixwise",
+    "plain",
 ]
 
 
-# %% 23_machinery sec-batch 1 59fb9604
+# %% 23_machinery sec-batch 1 830d86e0
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -33,7 +35,16 @@ class Names:
             setattr(self, name, value)
 
 
-# %% 23_machinery sec-batch 2 c993d2b6
+def plain(x: Tensor) -> Tensor:
+    """A tensor as an elementwise rule sees it: this process's part, in real numbers.
+
+    It shares memory with ``x``.
+    """
+    x = x.to_local() if hasattr(x, "placements") else x
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+# %% 23_machinery sec-batch 2 c76f8e9e
 class Batch:
     """Many tensors that answer to the methods of one: each is one ``torch._foreach_*`` call.
 
@@ -103,24 +114,6 @@ class Batch:
         pairs = zip(self.tensors, x.tensors, strict=True)
         return Batch([a @ b for a, b in pairs])
 
-    def __neg__(self) -> "Batch":
-        return self._call("neg")
-
-    def __add__(self, x: Any) -> "Batch":
-        return self._call("add", x)
-
-    def __sub__(self, x: Any) -> "Batch":
-        return self._call("sub", x)
-
-    def __mul__(self, x: Any) -> "Batch":
-        return self._call("mul", x)
-
-    def __truediv__(self, x: Any) -> "Batch":
-        return self._call("div", x)
-
-    def __pow__(self, x: Any) -> "Batch":
-        return self._call("pow", x)
-
     def __rsub__(self, x: Any) -> "Batch":
         return -(self - x)
 
@@ -130,16 +123,11 @@ class Batch:
     def __iadd__(self, x: Any) -> "Batch":
         return self.add_(x)
 
-    def __isub__(self, x: Any) -> "Batch":
-        return self._call("sub_", x)
-
-    def __imul__(self, x: Any) -> "Batch":
-        return self._call("mul_", x)
-
-    def __itruediv__(self, x: Any) -> "Batch":
-        return self._call("div_", x)
-
-    __radd__, __rmul__ = __add__, __mul__
+    __neg__, __pow__ = partialmethod(_call, "neg"), partialmethod(_call, "pow")
+    __add__, __sub__ = partialmethod(_call, "add"), partialmethod(_call, "sub")
+    __mul__, __truediv__ = partialmethod(_call, "mul"), partialmethod(_call, "div")
+    __isub__, __imul__ = partialmethod(_call, "sub_"), partialmethod(_call, "mul_")
+    __itruediv__, __radd__, __rmul__ = partialmethod(_call, "div_"), __add__, __mul__
 
 
 # %% 23_machinery sec-matrixwise 1 1f663d14
@@ -182,7 +170,7 @@ def _stack(x: Any, alike: list[int]) -> Any:
     return first[None] if len(alike) == 1 else torch.stack([x.tensors[i] for i in alike])
 
 
-# %% 23_machinery sec-engines 1 23cf88f7
+# %% 23_machinery sec-engines 1 234ceacd
 class Job(NamedTuple):
     """What an engine has to run, beside the tensors."""
 
@@ -211,7 +199,7 @@ def _run(job: Job, p: list, g: list, s: dict[str, list], call: Callable[..., Non
     call(job, p, g, s)
     for x, new, before in zip(kept, work, old, strict=True):
         if job.finite is not None:
-            x.copy_(torch.where(job.finite, new, before))
+            plain(x).copy_(torch.where(job.finite, plain(new), plain(before)))
         elif new is not x:
             x.copy_(new)
 

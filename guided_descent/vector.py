@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head d05eac2c
+# %% head 440a78df
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -191,7 +191,7 @@ class Objective:
             ) from error
 
 
-# %% 23_machinery sec-vector 3 51e220cb
+# %% 23_machinery sec-vector 3 0495b7fa
 class VectorOptimizer(Optimizer):
     """The base of methods that treat all parameters as one vector.
 
@@ -326,7 +326,7 @@ class VectorOptimizer(Optimizer):
 
     def misfit(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str:
         """Why a memory is not one of the parameters as they are, or nothing."""
-        params = self.param_groups[0]["params"]
+        params = group["params"]
         shapes = _shapes(params)
         then = state.get("shapes", shapes)
         if p is not params[0] or not state:
@@ -342,12 +342,6 @@ class VectorOptimizer(Optimizer):
                 if isinstance(x, Tensor) and x.ndim and set(x.shape) != {d}:
                     return f"{name} has shape {tuple(x.shape)} for {d} parameters"
         return ""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        first = self.param_groups[0]["params"][0]
-        if why := self.misfit(first, state_dict["state"].get(0, {}), {}):
-            raise ValueError(f"the checkpoint is of other parameters: {why}")
-        super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the one group there is."""
@@ -373,7 +367,8 @@ class VectorOptimizer(Optimizer):
 
     def _check_params(self, params: list[Tensor]) -> None:
         """Refuse free parameters that do not make a vector."""
-        free = [p for p in params if p.requires_grad]
+        # The first one counts too: a memory that is loaded takes its type.
+        free = [p for p in params if p.requires_grad or p is params[0]]
         for p in free:
             got = f"{type(self).__name__} got a parameter of shape {tuple(p.shape)}"
             if hasattr(p, "to_local"):

@@ -63,7 +63,10 @@ CASES = {
     "AdEMAMix": Case(gd.AdEMAMix, None, {}, [{"alpha": -1.0}, {"t_alpha_beta3": 0.0}, {"betas": (0.9, 0.9, 1.0)}]),
     "Muon": Case(Muon, None, {}, [{"momentum": 1.0}], rest="adam", spreads=False),
     "SOAP": Case(
-        SOAP, None, {"eps": 0.1, "precondition_every": 2}, [*BAD_BETAS, {"precondition_every": 0}, {"block_size": 1.5}],
+        SOAP,
+        None,
+        {"eps": 0.1, "precondition_every": 2},
+        [*BAD_BETAS, {"precondition_every": 0}, {"block_size": 1.5}],
         spreads=False,
     ),
 }
@@ -176,7 +179,8 @@ def test_non_contiguous_parameters(case, engine):
     close(a, steps(case.build([strided], lr=0.1, engine=valid(engine, strided)), [strided], range(3)))
 
 
-@cases_and_engines(lambda case, engine: case.cls.elementwise and not case.cls.matrices)  # others refuse: see test_engine.py
+# Others refuse: see test_engine.py.
+@cases_and_engines(lambda case, engine: case.cls.elementwise and not case.cls.matrices)
 def test_complex_parameters_are_pairs_of_reals(case, engine):
     real = torch.randn(3, 2, dtype=torch.float64, device=DEVICE).requires_grad_()
     z = torch.view_as_complex(real.detach().clone()).requires_grad_()
@@ -439,7 +443,12 @@ def test_gradient_scaler_unscales_and_skips_an_overflow(case):
 
 
 @every_case_and_engine
-def test_a_skipped_step_never_happened(case, engine):
+@pytest.mark.parametrize("device", [False, True])
+def test_a_skipped_step_never_happened(case, engine, device, monkeypatch):
+    if device:  # the flag is there and the host does not know it, as on a GPU
+        if not case.spreads:
+            return  # LAPACK refuses what is not finite
+        monkeypatch.setattr("guided_descent.core.known", lambda finite: True if finite is None else None)
     params, reference = tensors(), tensors()
     careful = case.build(params, lr=0.1, engine=engine, nonfinite="skip")
     plain = case.build(reference, lr=0.1, engine=engine)
@@ -572,12 +581,13 @@ def test_an_enlarged_parameter_is_refused_before_anything_changes(case, engine):
     with torch.no_grad():
         params[1].data = torch.zeros(6, 3, dtype=torch.float64, device=DEVICE)
     before = contents(optimizer, params)
-    with pytest.raises(ValueError, match=r"shape \(6, 3\) and a gradient of shape \(4, 3\); clear it with zero_grad"):
+    with pytest.raises(ValueError, match=r"\(6, 3\): it has a gradient of shape \(4, 3\); clear that with zero_grad"):
         optimizer.step()
     params[1].grad = None
     set_gradients(params, 2)
     if optimizer.state[params[1]]:
-        with pytest.raises(ValueError, match=r"shape \(6, 3\): its state '\w+' has shape .* delete optimizer.state\[p\]"):
+        misfit = r"\(6, 3\): its state '\w+' has shape .* delete optimizer.state\[p\]"
+        with pytest.raises(ValueError, match=misfit):
             optimizer.step()
         torch.testing.assert_close(contents(optimizer, params), before, rtol=0, atol=0)
         del optimizer.state[params[1]]
@@ -617,7 +627,7 @@ def test_fused_is_refused_where_it_is_not_valid(case):
     optimizer = case.build(params, lr=0.1, engine="fused")
     params[0].grad = torch.ones_like(params[0])
     with pytest.raises(
-        ValueError, match="engine='fused' is not valid for .*; use engine='auto'|complex .*view_as_real"
+        ValueError, match="engine='fused' is not valid for .*; use engine='auto'|complex.*view_as_real"
     ):
         optimizer.step()
     assert same([p.detach() for p in params], [torch.ones(2, dtype=torch.complex128)]) and not optimizer.state

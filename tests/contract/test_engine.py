@@ -172,7 +172,7 @@ def test_a_rule_for_whole_tensors_sees_each_alone(engine):
     torch.testing.assert_close([p.detach() for p in params], expected, rtol=1e-12, atol=0)
     z = torch.ones(2, 2, dtype=torch.complex128, requires_grad=True)
     z.grad = torch.ones_like(z)
-    with pytest.raises(ValueError, match=r"complex parameter of shape \(2, 2\).*view_as_real"):
+    with pytest.raises(ValueError, match=r"a parameter, \(2, 2\): it is complex.*view_as_real"):
         rule_of(rule, elementwise=False)([z], engine=engine).step()
 
 

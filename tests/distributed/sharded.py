@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import guided_descent as gd
+from guided_descent.core import known
 from guided_descent.examples import Muon
 from guided_descent.problems import GradientDescent
 
@@ -69,6 +70,11 @@ def refused(call, message):
         raise AssertionError(f"went through; expected: {message}")
 
 
+def train_one(build):
+    alone = model(sharded=False)
+    return train(alone, build(alone.parameters(), engine="loop"), [1], mine=False)
+
+
 def engines(cls):
     return [e for e in ("auto", "loop", "foreach", "fused", "compile") if e != "fused" or cls.fused]
 
@@ -96,14 +102,17 @@ for name, (cls, options) in CASES.items():
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / name)
     set_state_dict(second, resumed, model_state_dict=weights, optim_state_dict=state)
     close(train(second, resumed, range(2, 5), mine=True), expected)
-    # one process's infinity is a skip, or an error, of all
-    alone, net = model(sharded=False), model()
-    careful = build(net.parameters(), nonfinite="skip")
+    # one process's infinity is a skip, or an error, of all; also where the host does not know it, as on a GPU
+    alone = model(sharded=False)
     kept = build(alone.parameters(), engine="loop")
-    train(alone, kept, [0, 1, 3], mine=False)
-    found = train(net, careful, range(4), mine=True, spoil=2 if rank else None)
-    close(found, [p.detach() for p in alone.parameters()])
-    assert careful.skipped_steps == 1
+    expected = train(alone, kept, [1, 3], mine=False)
+    for look in (known, lambda finite: True if finite is None else None):
+        gd.core.known, net = look, model()
+        careful = build(net.parameters(), nonfinite="skip")
+        close(train(net, careful, [0, 1], mine=True, spoil=0 if rank else None), train_one(build))
+        close(train(net, careful, [2, 3], mine=True, spoil=2 if rank else None), expected)
+        assert careful.skipped_steps == 2
+    gd.core.known = known
     net = model()
     before = [full(p.detach()) for p in net.parameters()]
     strict = build(net.parameters(), nonfinite="raise")
@@ -124,8 +133,8 @@ close(full(state["exp_avg"]), whole.state[next(alone.parameters())]["exp_avg"])
 # what needs whole matrices says so, and so do engines that cannot reduce
 weight = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
 weight.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
-refused(Muon([weight]).step, "needs whole matrices and a parameter of shape (4, 3) is sharded")
-refused(gd.Adafactor([weight], engine="compile").step, "engine='compile' cannot run Adafactor")
+refused(Muon([weight]).step, "a parameter, (4, 3): it is sharded over processes (DTensor), and Muon needs all of it")
+refused(gd.Adafactor([weight], engine="compile").step, "where Adafactor has no engine='compile'")
 bigger = gd.AdamW([weight])
 bigger.step()
 bigger.state[weight]["exp_avg"] = torch.zeros(6, 3)

@@ -757,6 +757,17 @@ def test_a_step_multiplies_by_f_as_often_as_it_says(iterations, monkeypatch):
     assert len(calls) == iterations + 1  # and one for the length of the step
 
 
+def test_a_step_that_is_too_long_is_as_long_as_allowed_and_counted():
+    """By F alone: the damping, large here, is no part of the divergence."""
+    model, data = network(), batch()
+    F_op, before = Fisher(model, "categorical", data), [p.detach().clone() for p in model.parameters()]
+    optimizer = NaturalGradient(model, damping=1.0, max_kl=1e-8)
+    optimizer.step(lambda: F.cross_entropy(model(data[0]), data[1]))
+    step = F_op.join([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+    assert step @ (F_op @ step) / 2 == pytest.approx(1e-8, rel=1e-6)
+    assert [state["n_iter"] for state in optimizer.state.values()] == [1]
+
+
 def test_the_tolerance_is_relative_to_the_gradient(monkeypatch):
     calls, jvp = [], Jacobian.jvp
     monkeypatch.setattr(Jacobian, "jvp", lambda self, v: calls.append(v) or jvp(self, v))
@@ -798,3 +809,18 @@ def test_parameters_of_two_types():
         NaturalGradient(watched, damping=0.1, tol=1e-4).step(lambda w=watched: F.cross_entropy(w(X), y))
     assert [p.dtype for p in model.parameters()] == [torch.float64] * 2 + [torch.float32] * 2
     assert all(close(a.double(), b, 1e-4) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_every_output_of_a_step_is_checked(wrong):
+    """Two calls of the model: a loss of classes on the one, a regression on the other."""
+    model, (X, y) = network(), batch()
+
+    def closure():
+        outputs = [model(X), model(X)]
+        return F.cross_entropy(outputs[1 - wrong], y) + F.mse_loss(outputs[wrong], X[:, :3])
+
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="another likelihood"):
+        NaturalGradient(model).step(closure)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))

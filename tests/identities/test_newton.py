@@ -230,6 +230,7 @@ def test_products_and_hessian_are_autodiffs_over_several_parameters():
         torch.testing.assert_close(f, sign * float(flat_loss(objective.x)))
         torch.testing.assert_close(g, sign * torch.func.grad(flat_loss)(objective.x))
         torch.testing.assert_close(objective.hessian(), sign * H, rtol=1e-10, atol=1e-10)
+        assert torch.equal(objective.hessian(), objective.hessian().T)
         v = randn(len(objective.x))
         torch.testing.assert_close(objective.product(v), sign * H @ v, rtol=1e-10, atol=1e-10)
     assert all(p.grad is None for p in params)
@@ -1042,7 +1043,7 @@ def test_the_memory_of_other_parameters_is_forgotten(method):
 def test_a_frozen_part_may_be_of_any_type(method):
     frozen = torch.ones(3, dtype=torch.bfloat16)
     free = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = method([frozen, free])
+    optimizer = method([free, frozen])
     for _ in range(5):
         optimizer.step(closure_of(optimizer, lambda: (free - frozen.double()).square().sum()))
     torch.testing.assert_close(free.detach(), torch.ones_like(free))
