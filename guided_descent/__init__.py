@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 891d5b86
+# %% head 476fb915
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -30,6 +30,8 @@ from guided_descent.curvature import (
     lanczos,
     spectral_density,
 )
+from guided_descent import engines as engines
+from guided_descent import examples as examples
 from guided_descent import feature_learning as feature_learning
 from guided_descent.kfac import (
     EKFAC,
@@ -50,6 +52,7 @@ from guided_descent.noise import (
 )
 from guided_descent.problems import GradientDescent
 from guided_descent.sgd import SGD
+from guided_descent import vector as vector
 
 __version__ = "0.1.0"
 

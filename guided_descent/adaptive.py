@@ -1,6 +1,6 @@
 # Generated from chapters/04_adaptive_methods.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 0ef0787f
+# %% head 95c3734b
 """Chapter 04, Adaptive methods."""
 
 __all__ = [
@@ -329,7 +329,7 @@ def _rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / max(1, x.numel()) ** 0.5
 
 
-# %% 04_adaptive_methods sec-adafactor 2 6bb2bf44
+# %% 04_adaptive_methods sec-adafactor 2 238da4fc
 class Adafactor(Optimizer):
     """Adafactor: Adam's second moment of a matrix kept as its row and column means, and no first moment.
 
@@ -358,7 +358,7 @@ class Adafactor(Optimizer):
 
     clocks = ("step",)
     elementwise = False
-    ranges = {"beta2_decay": "(-inf, 0]", "d": "[1, inf)"}
+    ranges = {"beta2_decay": "(-inf, 0]", "eps": ("[0, inf) | None", "[0, inf)"), "d": "[1, inf)"}
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-2, beta2_decay: float = -0.8,
@@ -396,7 +396,7 @@ class Adafactor(Optimizer):
         p.addcmul_(u, step_size / (_rms(u) / h.d).clamp_min(1), value=-1)
 
 
-# %% 04_adaptive_methods sec-ademamix 1 a523483a
+# %% 04_adaptive_methods sec-ademamix 1 9534c0a1
 class AdEMAMix(Optimizer):
     """AdEMAMix: Adam that also follows a second, much slower mean of the gradient.
 
@@ -422,7 +422,7 @@ class AdEMAMix(Optimizer):
     """
 
     clocks = ("step",)
-    ranges = {"alpha": "[0, inf)", "t_alpha_beta3": "(0, inf)"}
+    ranges = {"betas": ("[0, 1)",) * 3, "alpha": "[0, inf)", "t_alpha_beta3": "(0, inf) | None"}
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),

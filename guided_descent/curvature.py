@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head b1e9871d
+# %% head 529b6d4f
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-# %% 07_curvature_matrices sec-cm-operator 1 dd5f9cb7
+# %% 07_curvature_matrices sec-cm-operator 1 cc96cb04
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -36,10 +36,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from guided_descent.core import Optimizer, Options, check_choice, check_range
+from guided_descent.core import Options, check_choice, check_range
+from guided_descent.newton import truncated_cg
+from guided_descent.vector import Objective, VectorOptimizer, flat, pull, unflat
 
 
-# %% 07_curvature_matrices sec-cm-operator 2 fb0aa22d
+# %% 07_curvature_matrices sec-cm-operator 2 80ba9f06
 class LinearOperator(ABC):
     """A symmetric matrix that is known by its products alone.
 
@@ -107,9 +109,7 @@ class LinearOperator(ABC):
         try:
             from scipy.sparse.linalg import LinearOperator as Scipy
         except ImportError:
-            raise ImportError(
-                "to_scipy() needs SciPy: pip install scipy"
-            ) from None
+            raise ImportError("to_scipy() needs SciPy: pip install scipy") from None
 
         def product(V: Any) -> Any:
             V = torch.as_tensor(V.copy()).to(**self._like)
@@ -140,7 +140,7 @@ class LinearOperator(ABC):
             )
 
 
-# %% 07_curvature_matrices sec-cm-operator 3 7ef63379
+# %% 07_curvature_matrices sec-cm-operator 3 4f7026f4
 class CurvatureOperator(LinearOperator):
     """A curvature matrix of a model's loss on data, at one point.
 
@@ -201,17 +201,15 @@ class CurvatureOperator(LinearOperator):
         self._point, self._params = _snapshot(model, params)
         first = self._params[0]
         self.dtype, self.device = first.dtype, first.device
-        self._sizes = [p.numel() for p in self._params]
-        self.shape = (sum(self._sizes),) * 2
+        self.shape = (sum(p.numel() for p in self._params),) * 2
 
     def split(self, v: Tensor) -> list[Tensor]:
         """A vector ``(P,)`` as tensors of the parameters' shapes."""
-        parts = v.split(self._sizes)
-        return [x.view_as(p) for x, p in zip(parts, self._params, strict=True)]
+        return unflat(v, self._params)
 
     def join(self, tensors: Iterable[Tensor]) -> Tensor:
         """Tensors of the parameters' shapes as one vector ``(P,)``."""
-        return torch.cat([x.reshape(-1) for x in tensors])
+        return flat(tensors)
 
     def __matmul__(self, V: Tensor | list[Tensor]) -> Any:
         """``A @ V``; a list shaped as the parameters gives such a list."""
@@ -299,26 +297,15 @@ def _snapshot(
     return point, mine
 
 
-# %% 07_curvature_matrices sec-cm-operator 4 18d7d336
-def _gradient(L: Tensor, x: list[Tensor]) -> tuple[Tensor, ...]:
-    """The gradient of a scalar, which can be differentiated once more."""
-    graph = {"create_graph": True, "materialize_grads": True}
-    return torch.autograd.grad(L, x, **graph)
-
-
-def _pull(
-    y: Iterable[Tensor], x: list[Tensor], u: Iterable[Tensor]
+def _gradient(
+    y: Tensor, x: list[Tensor], u: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """``(∂y/∂x)ᵀ u``, where some of y may be constants."""
-    pairs = [(a, b) for a, b in zip(y, u, strict=True) if a.requires_grad]
-    if not pairs:
-        return tuple(torch.zeros_like(a) for a in x)
-    y, u = zip(*pairs, strict=True)
-    keep = {"retain_graph": True, "materialize_grads": True}
-    return torch.autograd.grad(y, x, u, **keep)
+    """``(∂y/∂x)ᵀ u``, which can be differentiated once more; u = 1 by default."""
+    graph = {"create_graph": True, "materialize_grads": True}
+    return torch.autograd.grad(y, x, u, **graph)
 
 
-# %% 07_curvature_matrices sec-cm-operator 5 0ff6ece0
+# %% 07_curvature_matrices sec-cm-operator 4 86a342a5
 class Hessian(CurvatureOperator):
     """The Hessian of the loss, ``∇² L``.
 
@@ -338,12 +325,12 @@ class Hessian(CurvatureOperator):
             slope = _gradient(L, self._params)
 
         def product(v: Tensor) -> Tensor:
-            return self.join(_pull(slope, self._params, self.split(v)))
+            return self.join(pull(slope, self._params, self.split(v)))
 
         return product
 
 
-# %% 07_curvature_matrices sec-cm-ggn 1 e3faec30
+# %% 07_curvature_matrices sec-cm-ggn 1 66ed0468
 class Jacobian:
     """The Jacobian J of outputs in parameters, as two products.
 
@@ -369,19 +356,18 @@ class Jacobian:
             )
         self.f, self.params = f, params
         self.u = torch.zeros_like(f, requires_grad=True)
-        graph = {"create_graph": True, "materialize_grads": True}
-        self.JTu = torch.autograd.grad(f, params, self.u, **graph)
+        self.JTu = _gradient(f, params, self.u)
 
     def jvp(self, v: Iterable[Tensor]) -> Tensor:
         """``J v``, in the shape of the outputs."""
-        return _pull(self.JTu, [self.u], v)[0]
+        return pull(self.JTu, [self.u], v)[0]
 
     def vjp(self, u: Tensor) -> tuple[Tensor, ...]:
         """``Jᵀ u``, in the shapes of the parameters."""
-        return _pull([self.f], self.params, [u])
+        return pull([self.f], self.params, [u])
 
 
-# %% 07_curvature_matrices sec-cm-ggn 2 bfa69303
+# %% 07_curvature_matrices sec-cm-ggn 2 48448ba9
 class OutputCurvature(CurvatureOperator):
     """A curvature matrix ``Jᵀ B J``: B acts on the model's outputs.
 
@@ -413,13 +399,11 @@ class OutputCurvature(CurvatureOperator):
         return f
 
     @abstractmethod
-    def _middle(
-        self, i: int, f: Tensor, y: Any
-    ) -> Callable[[Tensor], Tensor]:
+    def _middle(self, i: int, f: Tensor, y: Any) -> Callable[[Tensor], Tensor]:
         """``u → B u`` for batch ``i`` with outputs ``f``."""
 
 
-# %% 07_curvature_matrices sec-cm-ggn 3 b1d07dd8
+# %% 07_curvature_matrices sec-cm-ggn 3 20353657
 class GGN(OutputCurvature):
     """The generalised Gauss–Newton matrix, ``Jᵀ (∇²_f L) J``.
 
@@ -436,13 +420,11 @@ class GGN(OutputCurvature):
     eq-cm-split.
     """
 
-    def _middle(
-        self, i: int, f: Tensor, y: Any
-    ) -> Callable[[Tensor], Tensor]:
+    def _middle(self, i: int, f: Tensor, y: Any) -> Callable[[Tensor], Tensor]:
         f.requires_grad_()
         with torch.enable_grad():
             slope = _gradient(self._share(y) * self._scalar(f, y), [f])
-        return lambda u: _pull(slope, [f], [u])[0]
+        return lambda u: pull(slope, [f], [u])[0]
 
 
 # %% 07_curvature_matrices sec-cm-fisher 1 962af202
@@ -539,7 +521,7 @@ def _likelihood_of(loss: Any) -> tuple[Likelihood, float, bool]:
     return LIKELIHOODS[loss], 1.0, False
 
 
-# %% 07_curvature_matrices sec-cm-fisher 2 1a9f9981
+# %% 07_curvature_matrices sec-cm-fisher 2 2ef4d445
 class Fisher(OutputCurvature):
     """The Fisher information, ``E_y[∇log p · ∇log pᵀ]``, y from the model.
 
@@ -581,12 +563,7 @@ class Fisher(OutputCurvature):
         params: Iterable[nn.Parameter] | None = None,
         cache: bool | None = None,
     ) -> None:
-        if samples is not None and not isinstance(samples, int):
-            raise TypeError(
-                f"samples={samples!r} is no integer; pass 1 or more, or None"
-            )
-        if samples is not None and samples < 1:
-            raise ValueError(f"samples={samples} is below 1; pass 1 or more")
+        check_range("samples", samples, "[1, inf) int | None")
         self.likelihood, *self._scale = _likelihood_of(likelihood)
         loss = likelihood if callable(likelihood) else self.likelihood.loss
         super().__init__(model, loss, data, params=params, cache=cache)
@@ -596,9 +573,7 @@ class Fisher(OutputCurvature):
     def _rows(self, f: Tensor) -> Tensor:
         return self.likelihood.rows(f)
 
-    def _middle(
-        self, i: int, f: Tensor, y: Any
-    ) -> Callable[[Tensor], Tensor]:
+    def _middle(self, i: int, f: Tensor, y: Any) -> Callable[[Tensor], Tensor]:
         factor, per_output = self._scale
         labels = self.likelihood is LIKELIHOODS["categorical"]
         if labels and not y.is_floating_point() and y.numel() != len(f):
@@ -620,7 +595,7 @@ class Fisher(OutputCurvature):
         return lambda u: c * (s * (s * u).sum(-1, keepdim=True)).sum(0)
 
 
-# %% 07_curvature_matrices sec-cm-empirical 1 c444eb6d
+# %% 07_curvature_matrices sec-cm-empirical 1 48f2fbfe
 class EmpiricalFisher(OutputCurvature):
     """``(1/n) Σ gᵢ gᵢᵀ`` of the gradients on the data's own targets.
 
@@ -638,9 +613,7 @@ class EmpiricalFisher(OutputCurvature):
     eq-cm-empirical-ls.
     """
 
-    def _middle(
-        self, i: int, f: Tensor, y: Any
-    ) -> Callable[[Tensor], Tensor]:
+    def _middle(self, i: int, f: Tensor, y: Any) -> Callable[[Tensor], Tensor]:
         f.requires_grad_()
         with torch.enable_grad():
             (s,) = torch.autograd.grad(self._scalar(f, y), f)
@@ -654,8 +627,8 @@ class EmpiricalFisher(OutputCurvature):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-natural 1 cde9a215
-class NaturalGradient(Optimizer):
+# %% 07_curvature_matrices sec-cm-natural 1 bd6b0c6d
+class NaturalGradient(VectorOptimizer):
     """Natural gradient: steepest descent where distance is KL divergence.
 
     With F the Fisher matrix on the closure's batch and g its gradient::
@@ -688,232 +661,128 @@ class NaturalGradient(Optimizer):
     iteration of conjugate gradients reads two numbers back to the host.
 
     Raises:
-        TypeError: ``model`` is no module; no closure, or one that does not
-            return a scalar tensor; outputs that are not one tensor.
-        ValueError: An argument outside its range; a closure that calls
-            ``backward``, or not the model; at the first step, a loss that
-            is no loss of classes on axis 1, for ``"categorical"``.
-        FloatingPointError: See ``Options``.
+        TypeError: ``model`` is no module; outputs that are not one tensor.
+        ValueError: An argument outside its range; a closure that does not call
+            the model; at the first step, a loss that is no loss of classes on
+            axis 1, for ``"categorical"``.
+        See ``VectorOptimizer.step`` for the others.
 
     Source: Amari (1998), doi 10.1162/089976698300017746; Martens (2010),
     ICML. Chapter 07, eq-cm-natural-step.
     """
 
-    engines = ("auto", "loop")
-    needs_closure = True
     differentiates = True
+    compares = twice = False
     _checked = False
     ranges = {
         "damping": "[0, inf)",
         "max_kl": "(0, inf]",
-        "iterations": "[1, inf)",
+        "iterations": "[1, inf) int",
         "tol": "[0, 1)",
     }
 
     def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str = "categorical",
-        lr: float | Tensor = 1.0,
-        damping: float = 1e-2,
-        max_kl: float = 0.1,
-        iterations: int = 50,
-        tol: float = 0.01,
-        **options: Unpack[Options],
+        self, model: nn.Module, likelihood: str = "categorical",
+        lr: float | Tensor = 1.0, damping: float = 1e-2, max_kl: float = 0.1,
+        iterations: int = 50, tol: float = 0.01, **options: Unpack[Options],
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} is no module; pass an nn.Module")
         defaults = {
-            "lr": lr,
-            "likelihood": likelihood,
-            "damping": damping,
-            "max_kl": max_kl,
-            "iterations": iterations,
-            "tol": tol,
+            "lr": lr, "likelihood": likelihood, "damping": damping,
+            "max_kl": max_kl, "iterations": iterations, "tol": tol,
         }
-        free = [p for p in model.parameters() if p.requires_grad]
-        super().__init__(free, defaults, **options)
+        options = {"nonfinite": "propagate", **options}
+        super().__init__(model.parameters(), defaults, **options)
         self.model = model
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_choice("likelihood", group["likelihood"], LIKELIHOODS)
-        if not isinstance(group["iterations"], int):
-            raise TypeError(
-                f"iterations={group['iterations']!r}; pass an integer"
-            )
-        if group["state_dtype"] is not None:
-            raise ValueError(
-                f"state_dtype={group['state_dtype']} is not valid for "
-                "NaturalGradient, which has no state; pass None"
-            )
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
-        """Take one step.
+        """Take one step, with an eye on the model's outputs.
 
         Args:
-            closure: Computes the loss with the model and returns it. It
-                does not call ``backward``.
+            closure: Computes the loss with the model and returns it. It does
+                not call ``backward``.
 
         Returns:
             The loss before the step.
         """
-        h = self.param_groups[0]
-        loss, outputs = self._evaluate(closure)
-        if h["likelihood"] == "categorical" and not self._checked:
-            self._check_classes(loss, outputs)
-        pairs = [(x, p) for x in self.param_groups for p in x["params"]]
-        pairs = [(group, p) for group, p in pairs if p.requires_grad]
-        params = [p for _, p in pairs]
-        g = self._gradient(loss, params)
-        with torch.no_grad():
-            finite = h["nonfinite"] == "propagate" or self._is_finite(g, h)
-            if not finite:
-                return loss.detach()
-            F = self._fisher(outputs, params, LIKELIHOODS[h["likelihood"]])
-            damped = partial(_damped, F, h["damping"])
-            d = _conjugate_gradients(damped, g, h["iterations"], h["tol"])
-            steps = zip(pairs, _like(d, params), strict=True)
-            step = [group["lr"] * x for (group, _), x in steps]
-            whole = _flat(step)
-            kl = (whole @ F(whole) / 2).clamp(min=0)
-            nu = (h["max_kl"] / kl).sqrt().clamp(max=1)
-            for (group, p), x in zip(pairs, step, strict=True):
-                sign = 1 if group["maximize"] else -1
-                p.add_((sign * nu * x).to(p.dtype))
-        return loss.detach()
-
-    def _evaluate(self, closure: Any) -> tuple[Tensor, list[Tensor]]:
-        """The loss, and the model's outputs on the way to it."""
-        if closure is None:
-            raise TypeError(
-                "NaturalGradient evaluates the loss itself; use "
-                "step(closure) with a function that returns the loss and "
-                "does not call backward()"
-            )
-        outputs: list[Any] = []
-
-        def keep(module: nn.Module, args: Any, f: Any) -> None:
-            if not isinstance(f, Tensor):
-                raise TypeError(
-                    f"the model returned a {type(f).__name__}; "
-                    "NaturalGradient needs one tensor of outputs"
-                )
-            if f.requires_grad:
-                outputs.append(f)
-
-        hook = self.model.register_forward_hook(keep)
+        self.outputs: list[Tensor] = []
+        self.slopes: dict[int, Tensor] = {}
+        hook = self.model.register_forward_hook(self._keep)
         try:  # only this attention kernel can be differentiated twice
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                loss = closure()
+            with sdpa_kernel(SDPBackend.MATH):
+                return super().step(closure)
         finally:
             hook.remove()
-        if not outputs:
+            del self.outputs, self.slopes
+
+    def search(
+        self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
+    ) -> Tensor:
+        if not self.outputs:
             raise ValueError(
                 "the closure did not call the model with gradients on; "
                 "compute the loss with the model given to NaturalGradient"
             )
-        if not isinstance(loss, Tensor) or loss.ndim:
-            raise TypeError(
-                f"the closure returned {loss!r}; return the loss, a scalar "
-                "tensor"
-            )
-        return loss, outputs
+        if group["likelihood"] == "categorical" and not self._checked:
+            self._check_classes()
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        F = self._fisher(objective.params, LIKELIHOODS[group["likelihood"]])
+        z, _, _ = truncated_cg(
+            lambda v: F(v) + group["damping"] * v,
+            g,
+            tol=group["tol"] * g.norm(),
+            limit=group["iterations"],
+        )
+        step = float(group["lr"]) * z
+        kl = (step @ F(step) / 2).clamp(min=0)
+        state["n_iter"] += 1
+        return objective.x + (group["max_kl"] / kl).sqrt().clamp(max=1) * step
 
-    def _check_classes(self, loss: Tensor, outputs: list[Tensor]) -> None:
+    def _keep(self, module: nn.Module, args: Any, f: Any) -> None:
+        """Note an output of the model, and later the loss's gradient there."""
+        if not isinstance(f, Tensor):
+            raise TypeError(
+                f"the model returned a {type(f).__name__}; "
+                "NaturalGradient needs one tensor of outputs"
+            )
+        if f.requires_grad:
+            f.register_hook(partial(self.slopes.__setitem__, len(self.outputs)))
+            self.outputs.append(f)
+
+    def _check_classes(self) -> None:
         """A loss of softmax(f) does not feel a shift of f: Σ ∂L/∂f = 0."""
-        for f, s in zip(outputs, self._derivative(loss, outputs), strict=True):
-            if f.ndim > 1 and s.sum(1).abs().sum() > 0.1 * s.abs().sum():
+        for k, s in self.slopes.items():
+            if s.ndim > 1 and s.sum(1).abs().sum() > 0.1 * s.abs().sum():
                 raise ValueError(
-                    "likelihood='categorical' does not fit the closure's "
-                    f"loss of outputs of shape {tuple(f.shape)}: it needs "
+                    "likelihood='categorical' does not fit the closure's loss of "
+                    f"outputs of shape {tuple(self.outputs[k].shape)}: it needs "
                     "logits with the classes on axis 1; use movedim(-1, 1) "
                     "in the model, or another likelihood"
                 )
         self._checked = True
 
-    def _gradient(self, loss: Tensor, params: list[Tensor]) -> Tensor:
-        return _flat(self._derivative(loss, params))
-
-    def _derivative(self, loss: Tensor, x: list[Tensor]) -> tuple[Tensor, ...]:
-        try:
-            keep = {"retain_graph": True, "materialize_grads": True}
-            return torch.autograd.grad(loss, x, **keep)
-        except RuntimeError as error:
-            raise ValueError(
-                "the closure's loss cannot be differentiated; return it as "
-                "computed, and do not call backward in the closure"
-            ) from error
-
-    def _is_finite(self, g: Tensor, h: dict[str, Any]) -> bool:
-        """Whether the step may be taken; otherwise count it, or raise."""
-        if g.isfinite().all():
-            return True
-        if h["nonfinite"] == "raise":
-            raise FloatingPointError(
-                "the gradient is not finite and nonfinite='raise'; "
-                "raise the damping, or use nonfinite='skip'"
-            )
-        one = torch.ones((), dtype=torch.long, device=g.device)
-        self.skipped = one if self.skipped is None else self.skipped + one
-        return False
-
     def _fisher(
-        self, outputs: list[Tensor], params: list[Tensor], kind: Likelihood
+        self, params: list[Tensor], kind: Likelihood
     ) -> Callable[[Tensor], Tensor]:
         """``v → F v`` on the outputs of the closure's calls."""
         with torch.enable_grad():
-            rows = [kind.rows(f) for f in outputs]
-        parts = [(Jacobian(f, params), kind.fisher(f.detach())) for f in rows]
-        n = sum(len(f) for f in rows)
+            rows = [kind.rows(f) for f in self.outputs]
+            parts = [(Jacobian(f, params), kind.fisher(f.detach())) for f in rows]
 
         def product(v: Tensor) -> Tensor:
-            vs = _like(v, params)
-            return sum(_flat(J.vjp(B(J.jvp(vs)))) for J, B in parts) / n
+            vs = [x.to(p.dtype) for x, p in zip(unflat(v, params), params, strict=True)]
+            Fv = sum(flat(J.vjp(B(J.jvp(vs)))).to(v.dtype) for J, B in parts)
+            return Fv / sum(len(f) for f in rows)
 
         return product
 
 
-def _damped(
-    F: Callable[[Tensor], Tensor], damping: float, v: Tensor
-) -> Tensor:
-    return F(v) + damping * v
-
-
-def _conjugate_gradients(
-    A: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tol: float
-) -> Tensor:
-    """An approximate solution of ``A x = b``."""
-    x, r = 0 * b, b  # zero, or NaN where b is not finite
-    p, rr = r, r @ r
-    goal = tol**2 * rr
-    for _ in range(iterations):
-        if rr <= goal:
-            break
-        Ap = A(p)
-        if (bend := p @ Ap) <= 0:  # singular, and only rounding is left
-            break
-        alpha = rr / bend
-        x, r = x + alpha * p, r - alpha * Ap
-        rr, before = r @ r, rr
-        p = r + rr / before * p
-    return x
-
-
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    """One vector, in single precision at least."""
-    v = torch.cat([x.detach().reshape(-1) for x in tensors])
-    return v.to(torch.promote_types(v.dtype, torch.float32))
-
-
-def _like(v: Tensor, params: list[Tensor]) -> list[Tensor]:
-    """A vector as tensors of the parameters' shapes and types."""
-    parts = v.split([p.numel() for p in params])
-    pairs = zip(parts, params, strict=True)
-    return [x.view(p.shape).to(p.dtype) for x, p in pairs]
-
-
-# %% 07_curvature_matrices sec-cm-trace 1 9a367762
+# %% 07_curvature_matrices sec-cm-trace 1 524ba9a5
 class Estimate(NamedTuple):
     """A random estimate and its standard error."""
 
@@ -960,7 +829,7 @@ def hutchinson_trace(
     Source: Hutchinson (1989), doi 10.1080/03610918908812806. Chapter 07,
     eq-cm-hutchinson.
     """
-    check_range("samples", samples, "[2, inf)")
+    check_range("samples", samples, "[2, inf) int")
     Z = rademacher(A, samples, generator)
     return _mean((Z * (A @ Z)).sum(0))
 
@@ -981,7 +850,7 @@ def hutchinson_diagonal(
     Source: Bekas et al. (2007), doi 10.1016/j.apnum.2007.01.003. Chapter
     07, eq-cm-diagonal.
     """
-    check_range("samples", samples, "[2, inf)")
+    check_range("samples", samples, "[2, inf) int")
     Z = rademacher(A, samples, generator)
     return _mean(Z * (A @ Z))
 
@@ -990,7 +859,7 @@ def _mean(x: Tensor) -> Estimate:
     return Estimate(x.mean(-1), x.std(-1) / x.shape[-1] ** 0.5)
 
 
-# %% 07_curvature_matrices sec-cm-trace 2 da956180
+# %% 07_curvature_matrices sec-cm-trace 2 af531814
 def hutchpp_trace(
     A: Any, products: int = 99, *, generator: torch.Generator | None = None
 ) -> Estimate:
@@ -1010,7 +879,7 @@ def hutchpp_trace(
     Source: Meyer et al. (2021), arXiv 2010.09649. Chapter 07,
     eq-cm-hutchpp.
     """
-    check_range("products", products, "[6, inf)")
+    check_range("products", products, "[6, inf) int")
     k = products // 3
     Q, _ = torch.linalg.qr(A @ rademacher(A, k, generator))
     Z = rademacher(A, products - 2 * k, generator)
@@ -1019,7 +888,7 @@ def hutchpp_trace(
     return Estimate((Q * (A @ Q)).sum() + rest.value, rest.error)
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 1 046a9404
+# %% 07_curvature_matrices sec-cm-spectrum 1 ef9036e9
 class Ritz(NamedTuple):
     """What Lanczos learns of a spectrum."""
 
@@ -1068,7 +937,7 @@ def lanczos(
     Source: Lanczos (1950), doi 10.6028/jres.045.026. Chapter 07,
     eq-cm-lanczos.
     """
-    check_range("steps", steps, "[1, inf)")
+    check_range("steps", steps, "[1, inf) int")
     check_range("tol", tol, "(0, inf)")
     n = A.shape[0]
     if start is None:
@@ -1105,15 +974,13 @@ def lanczos(
     return Ritz(theta, V[:k].T @ S, errors, S[0].square())
 
 
-def _tridiagonal(
-    alpha: list[Tensor], beta: list[Tensor]
-) -> tuple[Tensor, Tensor]:
+def _tridiagonal(alpha: list[Tensor], beta: list[Tensor]) -> tuple[Tensor, Tensor]:
     a, b = torch.stack(alpha), torch.stack(beta)[:-1]
     T = torch.diag(a) + torch.diag(b, 1) + torch.diag(b, -1)
     return torch.linalg.eigh(T)
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 2 046ebb6e
+# %% 07_curvature_matrices sec-cm-spectrum 2 4d40cc4b
 def spectral_density(
     A: Any,
     grid: Tensor,
@@ -1147,7 +1014,7 @@ def spectral_density(
     (2019), arXiv 1901.10159. Chapter 07, eq-cm-quadrature.
     """
     check_range("width", width, "(0, inf)")
-    check_range("probes", probes, "[1, inf)")
+    check_range("probes", probes, "[1, inf) int")
     total = torch.zeros_like(grid)
     for _ in range(probes):
         ritz = lanczos(A, steps, generator=generator)

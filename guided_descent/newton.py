@@ -1,6 +1,6 @@
 # Generated from chapters/06_newton.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 07ab660a
+# %% head 3fd9fbcf
 """Chapter 06, Newton and quasi-Newton."""
 
 __all__ = [
@@ -8,10 +8,8 @@ __all__ = [
     "LBFGS",
     "Newton",
     "NewtonCG",
-    "Objective",
     "QuasiNewton",
     "Trial",
-    "VectorOptimizer",
     "bfgs_update",
     "strong_wolfe",
     "truncated_cg",
@@ -19,367 +17,19 @@ __all__ = [
 ]
 
 
-# %% 06_newton sec-newton-step 1 96a61697
+# %% 06_newton sec-newton-step 1 2f33be0c
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from guided_descent.core import Optimizer, Options, check_choice, check_range
+from guided_descent.core import Options, check_range
+from guided_descent.vector import Objective, VectorOptimizer
 
 
-# %% 06_newton sec-newton-step 2 691c1887
-class Objective:
-    """A closure's loss as a function of one vector: all parameters.
-
-    Frozen parameters are left out. Each evaluation reads numbers back to
-    the host.
-
-    Args:
-        params: The parameters: real, of one type and on one device.
-        closure: Computes the loss, and calls ``backward`` unless
-            ``differentiates``; gradients are enabled around it.
-        maximize: Negate the loss. Default ``False``.
-        differentiates: Take gradients of the loss that is returned, rather
-            than read ``.grad``. Default ``False``.
-
-    Attributes:
-        x: The parameters as one vector, when this was built.
-        calls: How often the closure was called.
-        loss: What it returned the first time.
-
-    Source: chapter 06, "A step that fits the curve".
-    """
-
-    def __init__(
-        self,
-        params: list[Tensor],
-        closure: Callable[[], Any],
-        *,
-        maximize: bool = False,
-        differentiates: bool = False,
-    ) -> None:
-        self.params = [p for p in params if p.requires_grad]
-        self.closure, self.calls, self.loss = closure, 0, None
-        self.sign = -1.0 if maximize else 1.0
-        self.differentiates = differentiates
-        self.x = _flat([p.detach() for p in self.params])
-
-    def move(self, x: Tensor) -> None:
-        """Make ``x`` the parameters."""
-        with torch.no_grad():
-            sizes = [p.numel() for p in self.params]
-            for p, part in zip(self.params, x.split(sizes), strict=True):
-                p.copy_(part.view(p.shape))
-
-    def __call__(
-        self, x: Tensor | None = None, graph: bool = False
-    ) -> tuple[float, Tensor]:
-        """Loss and gradient at ``x``, or where the parameters are.
-
-        With ``graph=True``, ``product`` and ``hessian`` work afterwards,
-        until the parameters move.
-        """
-        if x is not None:
-            self.move(x)
-        with torch.enable_grad():
-            loss = self.closure()
-        self.calls += 1
-        self._check_loss(loss)
-        if self.differentiates:
-            gradients = self._differentiate(loss, graph)
-            self.slopes = gradients
-            loss = loss.detach()
-        else:
-            gradients = self._collect()
-        if self.loss is None:
-            self.loss = loss
-        g = _flat([g.detach() for g in gradients])
-        return self.sign * float(loss), self.sign * g
-
-    def product(self, v: Tensor) -> Tensor:
-        """The Hessian times ``v``, or times every row of ``v``."""
-        live = [k for k, g in enumerate(self.slopes) if g.requires_grad]
-        if not live:  # a loss that is linear
-            return torch.zeros_like(v)
-        sizes = [p.numel() for p in self.params]
-        shapes = [(*v.shape[:-1], *p.shape) for p in self.params]
-        parts = [
-            part.reshape(shape)
-            for part, shape in zip(v.split(sizes, -1), shapes, strict=True)
-        ]
-        try:
-            Hv = torch.autograd.grad(
-                [self.slopes[k] for k in live],
-                self.params,
-                [parts[k] for k in live],
-                retain_graph=True,
-                is_grads_batched=v.ndim == 2,
-                materialize_grads=True,
-            )
-        except RuntimeError as error:
-            if "is not implemented" not in str(error):
-                raise
-            raise RuntimeError(
-                f"no second derivative: {error}; use operations that have "
-                "one (attention: run the closure's forward pass under "
-                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
-            ) from error
-        Hv = [  # torch's zero for an unused parameter has no rows
-            h.expand(shape).reshape(*v.shape[:-1], -1 if n else 0)
-            for h, shape, n in zip(Hv, shapes, sizes, strict=True)
-        ]
-        return self.sign * torch.cat(Hv, -1)
-
-    def hessian(self) -> Tensor:
-        """The Hessian, made symmetric to the last bit."""
-        H = self.product(torch.ones_like(self.x).diag())
-        return (H + H.T) / 2
-
-    def _check_loss(self, loss: Any) -> None:
-        """Refuse what is no loss."""
-        if isinstance(loss, Tensor):
-            fine, kind = loss.numel() == 1, f"shape {tuple(loss.shape)}"
-        else:
-            fine = isinstance(loss, Real) and not self.differentiates
-            kind = f"type {type(loss).__name__}"
-        if not fine:
-            raise TypeError(
-                f"the closure returned something of {kind}; "
-                "let it return the loss, a tensor with one element"
-            )
-
-    def _collect(self) -> list[Tensor]:
-        """The gradients that the closure's ``backward`` has left."""
-        if all(p.grad is None for p in self.params):
-            raise RuntimeError(
-                "the closure left no gradient in any parameter; "
-                "let it call loss.backward() before it returns the loss"
-            )
-        for p in self.params:
-            if p.grad is not None:
-                _check_dense(p.grad, p)
-        return [
-            torch.zeros_like(p) if p.grad is None else p.grad
-            for p in self.params
-        ]
-
-    def _differentiate(self, loss: Any, graph: bool) -> tuple[Tensor, ...]:
-        """The gradients of a loss that nobody has differentiated yet."""
-        if not loss.requires_grad:
-            raise RuntimeError(
-                "the closure's loss does not depend on the parameters; let "
-                "it return the loss itself, not a detached copy or .item()"
-            )
-        try:
-            gradients = torch.autograd.grad(
-                loss,
-                self.params,
-                torch.ones_like(loss),
-                create_graph=graph,
-                materialize_grads=True,
-            )
-        except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
-            raise RuntimeError(
-                "the closure called backward(), which frees the graph that "
-                "second derivatives need; let it return the loss and not "
-                "call backward()"
-            ) from error
-        for g, p in zip(gradients, self.params, strict=True):
-            _check_dense(g, p)
-        return gradients
-
-
-def _flat(parts: list[Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _check_dense(g: Tensor, p: Tensor) -> None:
-    if g.layout is not torch.strided:
-        raise ValueError(
-            f"a gradient has layout {g.layout} for a parameter of shape "
-            f"{tuple(p.shape)}; use a dense gradient "
-            "(nn.Embedding: sparse=False)"
-        )
-
-
-class VectorOptimizer(Optimizer):
-    """The base of methods that treat all parameters as one vector.
-
-    A subclass has ``search(objective, f, g, group, state)``. It returns the
-    new point, and changes ``state``, a copy of what was remembered.
-
-    A step reads losses back to the host. It needs a closure, takes one
-    parameter group, and runs as written: there is only
-    ``engine="auto"`` or ``"loop"``. The state belongs to the first
-    parameter, as in ``torch.optim.LBFGS``.
-
-    Where the loss or a gradient is not finite at the start of a step,
-    ``nonfinite`` decides: ``"skip"`` (the default here) changes nothing and
-    counts, ``"raise"`` raises, ``"propagate"`` takes the step −lr·g. Trial
-    points where the loss is not finite are refused like those where it is
-    too large. If the closure raises, the parameters are put back.
-
-    Args:
-        params: Parameters, or one group, as in ``torch.optim``.
-        defaults: The method's hyperparameters.
-        **options: ``maximize``, ``engine`` and ``nonfinite``, see
-            ``Options``. There is no ``state_dtype``.
-
-    Raises:
-        ValueError: A second group; parameters that are complex, of 16 bits,
-            of several types or on several devices; a hyperparameter out of
-            range.
-
-    Source: chapter 06, "A step that fits the curve".
-    """
-
-    elementwise = False
-    engines = ("auto", "loop")
-    needs_closure = True
-
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, defaults, **{"nonfinite": "skip", **options})
-
-    def search(
-        self,
-        objective: Objective,
-        f: float,
-        g: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
-    ) -> Tensor:
-        """The new point, from the loss and the gradient at the old one."""
-        raise TypeError(f"{type(self).__name__} has no search")
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step.
-
-        Args:
-            closure: Clears the gradients, computes the loss, and returns
-                it. It calls ``backward`` for ``BFGS`` and ``LBFGS``, and
-                does not for ``Newton`` and ``NewtonCG``. Within a step it
-                is the same function each time: one batch, no dropout.
-
-        Returns:
-            The loss at the point where the step began.
-
-        Raises:
-            TypeError: There is no closure, or it returns no loss.
-            RuntimeError: The closure called ``backward`` where it should
-                not, or did not where it should.
-            ValueError: A sparse gradient.
-            FloatingPointError: The loss or its gradient is not finite,
-                under ``nonfinite="raise"``.
-            Nothing has changed then.
-        """
-        if closure is None:
-            backward = "does not call" if self.differentiates else "calls"
-            raise TypeError(
-                f"{type(self).__name__} evaluates the loss itself; use "
-                "step(closure) with a function that returns the loss and "
-                f"{backward} backward()"
-            )
-        group = self.param_groups[0]
-        self._check_params(group["params"])
-        first, lr = group["params"][0], float(group["lr"])
-        if not any(p.requires_grad for p in group["params"]):
-            with torch.enable_grad():
-                return closure()
-        objective = Objective(
-            group["params"],
-            closure,
-            maximize=group["maximize"],
-            differentiates=self.differentiates,
-        )
-        x = new = objective.x
-        state = {"n_iter": 0, "func_evals": 0, **self.state.get(first, {})}
-        try:
-            f, g = objective(graph=self.differentiates)
-            if not (math.isfinite(f) and bool(g.isfinite().all())):
-                objective.move(self._not_finite(x, g, group))
-                return objective.loss
-            if lr > 0 and bool(g.any()):
-                new = self.search(objective, f, g, group, state)
-        except BaseException:
-            objective.move(x)
-            raise
-        objective.move(new)
-        state["func_evals"] += objective.calls
-        self.state[first] = state
-        return objective.loss
-
-    def _not_finite(
-        self, x: Tensor, g: Tensor, group: dict[str, Any]
-    ) -> Tensor:
-        if group["nonfinite"] == "raise":
-            raise FloatingPointError(
-                "the loss or its gradient is not finite and "
-                "nonfinite='raise'; start elsewhere, or use nonfinite='skip'"
-            )
-        if group["nonfinite"] == "propagate":
-            return x - float(group["lr"]) * g
-        self.skipped = torch.tensor(self.skipped_steps + 1)
-        return x
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add the one group there is."""
-        if self.param_groups:
-            raise ValueError(
-                f"{type(self).__name__} treats all parameters as one vector; "
-                "pass one group"
-            )
-        super().add_param_group(param_group)
-        self._check_params(self.param_groups[0]["params"])
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        for name in ("max_iter", "max_eval", "history_size", "max_cg"):
-            if not isinstance(group.get(name), int | None):
-                raise TypeError(f"{name}={group[name]!r}; pass an integer")
-        if "line_search_fn" in group:
-            choices = ("strong_wolfe", None)
-            check_choice("line_search_fn", group["line_search_fn"], choices)
-        if group["state_dtype"] is not None:
-            raise ValueError(
-                f"state_dtype={group['state_dtype']} is not valid for "
-                f"{type(self).__name__}, whose memory has the parameters' "
-                "type; pass None"
-            )
-
-    def _check_params(self, params: list[Tensor]) -> None:
-        for p in params:
-            if p.is_complex():
-                raise ValueError(
-                    f"{type(self).__name__} got a complex parameter of shape "
-                    f"{tuple(p.shape)}; pass torch.view_as_real of it"
-                )
-            if p.dtype.itemsize < 4:
-                raise ValueError(
-                    f"{type(self).__name__} got a parameter of type "
-                    f"{p.dtype}, too coarse to compare losses; keep the "
-                    "parameters in float32 and use autocast"
-                )
-            if (p.dtype, p.device) != (params[0].dtype, params[0].device):
-                raise ValueError(
-                    f"{type(self).__name__} got parameters of "
-                    f"{params[0].dtype} on {params[0].device} and of "
-                    f"{p.dtype} on {p.device}; use one type and one device"
-                )
-
-
-# %% 06_newton sec-newton-step 3 0f5b54fd
+# %% 06_newton sec-newton-step 2 c210b33d
 class Newton(VectorOptimizer):
     """Newton's method, damped, with a line search.
 
@@ -414,31 +64,18 @@ class Newton(VectorOptimizer):
     arXiv 1406.2572. Chapter 06, eq-newton-full-step and eq-saddle-free.
     """
 
-    differentiates = True
+    differentiates = twice = True
     ranges = {"damping": "[0, inf)"}
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1.0,
-        damping: float = 0.0,
-        line_search_fn: str | None = "strong_wolfe",
-        **options: Unpack[Options],
+        self, params: Any, lr: float | Tensor = 1.0, damping: float = 0.0,
+        line_search_fn: str | None = "strong_wolfe", **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "damping": damping,
-            "line_search_fn": line_search_fn,
-        }
+        defaults = {"lr": lr, "damping": damping, "line_search_fn": line_search_fn}
         super().__init__(params, defaults, **options)
 
     def search(
-        self,
-        objective: Objective,
-        f: float,
-        g: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
+        self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
     ) -> Tensor:
         H = objective.hessian()
         if not H.isfinite().all():
@@ -590,14 +227,14 @@ def _rounding(f: float, g: Tensor) -> float:
     return 4 * torch.finfo(g.dtype).eps * abs(f)
 
 
-# %% 06_newton sec-cg 1 8108f763
+# %% 06_newton sec-cg 1 db4f22f8
 def truncated_cg(
     product: Callable[[Tensor], Tensor],
     g: Tensor,
     radius: float = math.inf,
     tol: float = 0.0,
     limit: int | None = None,
-) -> tuple[Tensor, bool]:
+) -> tuple[Tensor, Tensor, bool]:
     """Minimise ``⟨g, z⟩ + ½ ⟨z, H z⟩`` over ``‖z‖ ≤ radius``, nearly.
 
     Conjugate gradients from 0, cut off where they leave the ball or find a
@@ -608,44 +245,42 @@ def truncated_cg(
         g: Gradient, shape ``(d,)``.
         radius: In (0, ∞]. Default ∞.
         tol: Stop once ``‖H z + g‖ ≤ tol``. Default 0.
-        limit: Most products with H. Default ``d``, enough in exact
-            arithmetic.
+        limit: Most products with H. Default ``d``, enough in exact arithmetic.
 
     Returns:
-        z, shape ``(d,)``, and whether it lies on the boundary. With an
-        infinite radius downward curvature ends the search where it is, or
-        at −g in the first step.
+        z, shape ``(d,)``; the residual ``H z + g``, so that the minimum is
+        ``½ ⟨z, g + residual⟩``; and whether z lies on the boundary. With an
+        infinite radius downward curvature ends the search where it is, or at −g
+        in the first step. Where g is not finite z is NaN.
 
-    Source: Hestenes & Stiefel (1952), doi 10.6028/jres.049.044; Steihaug
-        (1983), doi 10.1137/0720042. Chapter 06, eq-cg.
+    Source: Hestenes & Stiefel (1952), doi 10.6028/jres.049.044; Steihaug (1983),
+        doi 10.1137/0720042. Chapter 06, eq-cg.
     """
-    z, r, p = torch.zeros_like(g), g, -g
+    z, r, p = 0 * g, g, -g
     for _ in range(len(g) if limit is None else limit):
-        if r.norm() <= tol:
+        if not r.norm() > tol:
             break
         Hp, rr = product(p), r @ r
         curvature = p @ Hp
-        if curvature <= 0:
-            if math.isfinite(radius):
-                return _to_boundary(z, p, radius), True
-            return (z if z.any() else p), False
+        if curvature <= 0 and math.isinf(radius):
+            return (z, r, False) if z.any() else (p, r + Hp, False)
         step = rr / curvature
-        ahead = z + step * p
-        if ahead.norm() >= radius:
-            return _to_boundary(z, p, radius), True
-        z, r = ahead, r + step * Hp
+        if curvature <= 0 or (z + step * p).norm() >= radius:
+            step = _to_boundary(z, p, radius)
+            return z + step * p, r + step * Hp, True
+        z, r = z + step * p, r + step * Hp
         p = r @ r / rr * p - r
-    return z, False
+    return z, r, False
 
 
 def _to_boundary(z: Tensor, p: Tensor, radius: float) -> Tensor:
-    """Where the ray from z along p leaves the ball."""
+    """How far from z the ray along p leaves the ball."""
     pp, zp, gap = p @ p, z @ p, radius**2 - z @ z
     root = (zp * zp + pp * gap).sqrt()
-    return z + (gap / (zp + root) if zp > 0 else (root - zp) / pp) * p
+    return gap / (zp + root) if zp > 0 else (root - zp) / pp
 
 
-# %% 06_newton sec-trust-region 1 3be7c6ad
+# %% 06_newton sec-trust-region 1 94964dac
 class NewtonCG(VectorOptimizer):
     """Newton's method without a Hessian: conjugate gradients in a ball.
 
@@ -655,10 +290,10 @@ class NewtonCG(VectorOptimizer):
         ρ ← (f(x) − f(x + z)) / −m(z)          what came of the promise
         x ← x + z where ρ > 0.15, else stay;   r ← r/4, r or 2r by ρ
 
-    A step is one trial: it evaluates the closure twice, and multiplies by H
-    up to ``max_cg + 1`` times, at about two gradients each. A
-    refused trial leaves the parameters as they were. The closure returns
-    the loss and does not call ``backward``.
+    A step is one trial: it evaluates the closure twice, and multiplies by H up
+    to ``max_cg`` times, at about two gradients each. A refused trial leaves the
+    parameters as they were. The closure returns the loss and does not call
+    ``backward``.
 
     Args:
         params: Parameters or one group of them; frozen ones are left out.
@@ -679,38 +314,29 @@ class NewtonCG(VectorOptimizer):
     and eq-trust-region.
     """
 
-    differentiates = True
-    ranges = {"max_cg": "[1, inf)", "max_factor": "[1, inf)"}
+    differentiates = twice = True
+    ranges = {"max_cg": "[1, inf) int | None", "max_factor": "[1, inf)"}
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1.0,
-        max_cg: int | None = None,
-        max_factor: float = 1000.0,
-        **options: Unpack[Options],
+        self, params: Any, lr: float | Tensor = 1.0, max_cg: int | None = None,
+        max_factor: float = 1000.0, **options: Unpack[Options],
     ) -> None:
         defaults = {"lr": lr, "max_cg": max_cg, "max_factor": max_factor}
         super().__init__(params, defaults, **options)
 
     def search(
-        self,
-        objective: Objective,
-        f: float,
-        g: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
+        self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
     ) -> Tensor:
         x, size = objective.x, float(g.norm())
         factor = state.get("factor", 1.0)
-        z, far = truncated_cg(
+        z, r, far = truncated_cg(
             objective.product,
             g,
             radius=float(group["lr"]) * factor,
             tol=min(0.5, math.sqrt(size)) * size,
             limit=group["max_cg"],
         )
-        promised = -float(g @ z + z @ objective.product(z) / 2)
+        promised = -float(z @ (g + r)) / 2
         noise, gain = _rounding(f, g), f - objective(x + z)[0]
         rho = -1.0  # a promise of nothing is not to be trusted
         if promised > 0:
@@ -748,7 +374,7 @@ def bfgs_update(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return inverse - rho * (across + across.T) + length * torch.outer(s, s)
 
 
-# %% 06_newton sec-secant 2 d53442f2
+# %% 06_newton sec-secant 2 80cd5351
 class QuasiNewton(VectorOptimizer):
     """The base of methods that learn curvature from gradients alone.
 
@@ -761,45 +387,34 @@ class QuasiNewton(VectorOptimizer):
 
     memory: tuple[str, ...] = ()
     ranges = {
-        "max_iter": "[1, inf)",
-        "max_eval": "[1, inf)",
-        "history_size": "[1, inf)",
+        "max_iter": "[1, inf) int",
+        "max_eval": "[1, inf) int | None",
+        "history_size": "[1, inf) int",
         "tolerance_grad": "[0, inf)",
         "tolerance_change": "[0, inf)",
+        "initial_scale": "(0, inf) | None",
     }
 
-    def direction(self, g: Tensor, state: dict[str, Any]) -> Tensor:
+    def direction(self, g: Tensor, state: dict) -> Tensor:
         """``−B⁻¹ g``, with the memory that there is."""
         return -g
 
-    def remember(
-        self, s: Tensor, y: Tensor, group: dict[str, Any], state: dict[str, Any]
-    ) -> None:
+    def remember(self, s: Tensor, y: Tensor, group: dict, state: dict) -> None:
         """Learn from a step with ``⟨s, y⟩ > 0``."""
 
-    def first_trial(self, g: Tensor, state: dict[str, Any]) -> float:
+    def first_trial(self, g: Tensor, state: dict) -> float:
         """The first t to try, for ``lr = 1``."""
         begun = self.memory[0] in state
         return 1.0 if begun else min(1.0, 1 / float(g.abs().sum()))
 
-    def shorten(
-        self, t: float, f: float, slope: float, state: dict[str, Any]
-    ) -> float:
+    def shorten(self, t: float, f: float, slope: float, state: dict) -> float:
         """``t``, or a shorter first trial for a line search."""
         return t
 
     def search(
-        self,
-        objective: Objective,
-        f: float,
-        g: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
+        self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
     ) -> Tensor:
         x, lr = objective.x, float(group["lr"])
-        if state.setdefault("numel", len(g)) != len(g):
-            self._forget(state)  # parameters were frozen, or set free
-            state["numel"] = len(g)
         if "prev_flat_grad" in state:  # of a step without a line search
             y = g - state.pop("prev_flat_grad")
             self._learn(state.pop("t") * state.pop("d"), y, group, state)
@@ -823,7 +438,7 @@ class QuasiNewton(VectorOptimizer):
             if new.t == 0:  # nothing along d is lower: begin again, with −g
                 if not begun:
                     break
-                self._forget(state)
+                self.forget(state)
                 continue
             s, change = new.t * d, abs(new.f - f)
             state.update(prev_loss=f, n_iter=state["n_iter"] + 1)
@@ -835,19 +450,17 @@ class QuasiNewton(VectorOptimizer):
                 break
         return x
 
-    def _learn(
-        self, s: Tensor, y: Tensor, group: dict[str, Any], state: dict[str, Any]
-    ) -> None:
+    def _learn(self, s: Tensor, y: Tensor, group: dict, state: dict) -> None:
         """Remember a pair, if its curvature is more than round-off."""
         if s @ y > torch.finfo(s.dtype).eps * (y @ y):
             self.remember(s, y, group, state)
 
-    def _forget(self, state: dict[str, Any]) -> None:
+    def forget(self, state: dict) -> None:
         for name in (*self.memory, "prev_flat_grad", "d", "t"):
             state.pop(name, None)
 
 
-# %% 06_newton sec-secant 3 c341abae
+# %% 06_newton sec-secant 3 9575c0c9
 class BFGS(QuasiNewton):
     """BFGS: the inverse Hessian, learnt from gradients.
 
@@ -891,51 +504,28 @@ class BFGS(QuasiNewton):
     memory = ("inverse_hessian",)
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1.0,
-        max_iter: int = 20,
-        max_eval: int | None = None,
-        tolerance_grad: float = 1e-7,
-        tolerance_change: float = 1e-9,
-        initial_scale: float | None = 1.0,
-        line_search_fn: str | None = "strong_wolfe",
-        **options: Unpack[Options],
+        self, params: Any, lr: float | Tensor = 1.0, max_iter: int = 20,
+        max_eval: int | None = None, tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9, initial_scale: float | None = 1.0,
+        line_search_fn: str | None = "strong_wolfe", **options: Unpack[Options],
     ) -> None:
         defaults = {
-            "lr": lr,
-            "max_iter": max_iter,
-            "max_eval": max_eval,
-            "tolerance_grad": tolerance_grad,
-            "tolerance_change": tolerance_change,
-            "initial_scale": initial_scale,
-            "line_search_fn": line_search_fn,
+            "lr": lr, "max_iter": max_iter, "max_eval": max_eval,
+            "tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change,
+            "initial_scale": initial_scale, "line_search_fn": line_search_fn,
         }
         super().__init__(params, defaults, **options)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        if group["initial_scale"] is not None:
-            check_range("initial_scale", group["initial_scale"], "(0, inf)")
-
-    def shorten(
-        self, t: float, f: float, slope: float, state: dict[str, Any]
-    ) -> float:
+    def shorten(self, t: float, f: float, slope: float, state: dict) -> float:
         drop = state.get("prev_loss", f) - f
         short = -2.02 * drop / slope if slope < 0 else t
         return short if 0 < short < t else t
 
-    def direction(self, g: Tensor, state: dict[str, Any]) -> Tensor:
+    def direction(self, g: Tensor, state: dict) -> Tensor:
         inverse = state.get("inverse_hessian")
         return -g if inverse is None else -inverse @ g
 
-    def remember(
-        self,
-        s: Tensor,
-        y: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
-    ) -> None:
+    def remember(self, s: Tensor, y: Tensor, group: dict, state: dict) -> None:
         inverse = state.get("inverse_hessian")
         if inverse is None:
             scale = group["initial_scale"] or (s @ y) / (y @ y)
@@ -943,12 +533,9 @@ class BFGS(QuasiNewton):
         state["inverse_hessian"] = bfgs_update(inverse, s, y)
 
 
-# %% 06_newton sec-lbfgs 1 a542287a
+# %% 06_newton sec-lbfgs 1 cea96575
 def two_loop(
-    g: Tensor,
-    steps: list[Tensor],
-    changes: list[Tensor],
-    scale: float | Tensor = 1.0,
+    g: Tensor, steps: list[Tensor], changes: list[Tensor], scale: float | Tensor = 1.0
 ) -> Tensor:
     """``B⁻¹ g`` for what BFGS makes of ``scale · I`` and pairs (s, y).
 
@@ -975,7 +562,7 @@ def two_loop(
     return q
 
 
-# %% 06_newton sec-lbfgs 2 d50872c4
+# %% 06_newton sec-lbfgs 2 e085901a
 class LBFGS(QuasiNewton):
     """L-BFGS: BFGS from its last ``history_size`` pairs, without a matrix.
 
@@ -1019,41 +606,25 @@ class LBFGS(QuasiNewton):
     memory = ("old_stps", "old_dirs", "H_diag")
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1.0,
-        max_iter: int = 20,
-        max_eval: int | None = None,
-        tolerance_grad: float = 1e-7,
-        tolerance_change: float = 1e-9,
-        history_size: int = 100,
-        line_search_fn: str | None = "strong_wolfe",
-        **options: Unpack[Options],
+        self, params: Any, lr: float | Tensor = 1.0, max_iter: int = 20,
+        max_eval: int | None = None, tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9, history_size: int = 100,
+        line_search_fn: str | None = "strong_wolfe", **options: Unpack[Options],
     ) -> None:
         defaults = {
-            "lr": lr,
-            "max_iter": max_iter,
-            "max_eval": max_eval,
-            "tolerance_grad": tolerance_grad,
-            "tolerance_change": tolerance_change,
-            "history_size": history_size,
-            "line_search_fn": line_search_fn,
+            "lr": lr, "max_iter": max_iter, "max_eval": max_eval,
+            "tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change,
+            "history_size": history_size, "line_search_fn": line_search_fn,
         }
         super().__init__(params, defaults, **options)
 
-    def direction(self, g: Tensor, state: dict[str, Any]) -> Tensor:
+    def direction(self, g: Tensor, state: dict) -> Tensor:
         if not state.get("old_stps"):
             return -g
         pairs = state["old_stps"], state["old_dirs"]
         return -two_loop(g, *pairs, state["H_diag"])
 
-    def remember(
-        self,
-        s: Tensor,
-        y: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Any],
-    ) -> None:
+    def remember(self, s: Tensor, y: Tensor, group: dict, state: dict) -> None:
         keep = slice(-group["history_size"], None)
         state["old_stps"] = [*state.get("old_stps", []), s][keep]
         state["old_dirs"] = [*state.get("old_dirs", []), y][keep]
