@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 476fb915
+# %% head 843abd2f
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -38,6 +38,9 @@ from guided_descent.kfac import (
     FOOF,
     KFAC,
 )
+from guided_descent import layers as layers
+from guided_descent import layerwise as layerwise
+from guided_descent import likelihoods as likelihoods
 from guided_descent.newton import (
     BFGS,
     LBFGS,

@@ -1,18 +1,16 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 28e3a873
+# %% head 8f081333
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
     "GGN",
-    "LIKELIHOODS",
     "CurvatureOperator",
     "EmpiricalFisher",
     "Estimate",
     "Fisher",
     "Hessian",
     "Jacobian",
-    "Likelihood",
     "LinearOperator",
     "NaturalGradient",
     "OutputCurvature",
@@ -26,7 +24,7 @@ __all__ = [
 ]
 
 
-# %% 07_curvature_matrices sec-cm-operator 1 29b58619
+# %% 07_curvature_matrices sec-cm-operator 1 265cdba7
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -37,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guided_descent.core import Options, check_choice, check_range, wide
+from guided_descent.likelihoods import LIKELIHOODS, Likelihood
 from guided_descent.newton import truncated_cg
 from guided_descent.vector import Objective, VectorOptimizer, flat, pull, unflat
 
@@ -427,84 +426,7 @@ class GGN(OutputCurvature):
         return lambda u: pull(slope, [f], [u])[0]
 
 
-# %% 07_curvature_matrices sec-cm-fisher 1 962af202
-class Likelihood(NamedTuple):
-    """What the outputs say about the targets: p(y | f), and its noise.
-
-    ``"categorical"``: cross-entropy of logits. ``"gaussian"``:
-    ``½‖f − y‖²``, unit variance. ``"bernoulli"``: binary cross-entropy of
-    logits, summed over outputs.
-
-    Source: Martens (2020), arXiv 1412.1193. Chapter 07, eq-cm-fisher.
-    """
-
-    loss: Callable[[Tensor, Tensor], Tensor]
-    """``−log p(targets | f)`` without constants, mean over examples."""
-    axis: int
-    """Where one example's outputs lie; the other axes count examples."""
-    fisher: Callable[[Tensor], Callable[[Tensor], Tensor]]
-    """For rows of outputs, the exact product with ``E[s sᵀ]``."""
-    score: Callable[[Tensor, torch.Generator | None], Tensor]
-    """For rows of outputs, ``s = −∇_f log p(y | f)`` with y drawn."""
-
-    def rows(self, f: Tensor) -> Tensor:
-        """Outputs as (examples, outputs of one example)."""
-        if f.ndim < 2:
-            return f.reshape(-1, 1)
-        return f.movedim(self.axis, -1).flatten(0, -2)
-
-
-def _categorical_fisher(f: Tensor) -> Callable[[Tensor], Tensor]:
-    p = f.softmax(-1)
-    return lambda u: p * (u - (p * u).sum(-1, keepdim=True))
-
-
-def _categorical_score(f: Tensor, g: torch.Generator | None) -> Tensor:
-    p = f.softmax(-1)
-    drawn = p.multinomial(1, generator=g)
-    return p.scatter_add(-1, drawn, -torch.ones_like(drawn, dtype=p.dtype))
-
-
-def _gaussian_loss(f: Tensor, y: Tensor) -> Tensor:
-    return (f - y).square().sum() / (2 * max(1, f[..., :1].numel()))
-
-
-def _gaussian_score(f: Tensor, g: torch.Generator | None) -> Tensor:
-    return torch.empty_like(f).normal_(generator=g)
-
-
-def _bernoulli_loss(f: Tensor, y: Tensor) -> Tensor:
-    bce = nn.functional.binary_cross_entropy_with_logits
-    return bce(f, y, reduction="sum") / max(1, f[..., :1].numel())
-
-
-def _bernoulli_fisher(f: Tensor) -> Callable[[Tensor], Tensor]:
-    p = f.sigmoid()
-    return lambda u: p * (1 - p) * u
-
-
-def _bernoulli_score(f: Tensor, g: torch.Generator | None) -> Tensor:
-    p = f.sigmoid()
-    return p - p.bernoulli(generator=g)
-
-
-#: The likelihoods behind the usual losses.
-LIKELIHOODS: dict[str, Likelihood] = {
-    "categorical": Likelihood(
-        nn.functional.cross_entropy,
-        1,
-        _categorical_fisher,
-        _categorical_score,
-    ),
-    "gaussian": Likelihood(
-        _gaussian_loss, -1, lambda f: lambda u: u, _gaussian_score
-    ),
-    "bernoulli": Likelihood(
-        _bernoulli_loss, -1, _bernoulli_fisher, _bernoulli_score
-    ),
-}
-
-
+# %% 07_curvature_matrices sec-cm-fisher 3 9052e55e
 def _likelihood_of(loss: Any) -> tuple[Likelihood, float, bool]:
     """A loss module's likelihood, a factor, and whether it divides by C."""
     mean = getattr(loss, "reduction", None) == "mean"
@@ -521,7 +443,7 @@ def _likelihood_of(loss: Any) -> tuple[Likelihood, float, bool]:
     return LIKELIHOODS[loss], 1.0, False
 
 
-# %% 07_curvature_matrices sec-cm-fisher 2 2ef4d445
+# %% 07_curvature_matrices sec-cm-fisher 4 2ef4d445
 class Fisher(OutputCurvature):
     """The Fisher information, ``E_y[∇log p · ∇log pᵀ]``, y from the model.
 

@@ -51,9 +51,14 @@ CASES = {
     "BFGS": of_parameters(gd.BFGS, 1.0, [{"max_iter": 0}, {"tolerance_grad": -1.0}]),
     "LBFGS": of_parameters(gd.LBFGS, 1.0, [{"history_size": 0}, {"max_eval": 0}]),
     "NaturalGradient": of_model(gd.NaturalGradient, 0.5, [{"damping": -1.0}, {"max_kl": 0.0}, {"tol": 1.0}]),
-    "KFAC": of_model(gd.KFAC, 0.1, [{"damping": -1.0}], EVERY | {"fisher": "type-2"}),
-    "EKFAC": of_model(gd.EKFAC, 0.1, [{"damping": -1.0}], EVERY | {"fisher": "type-2"}),
-    "FOOF": of_model(gd.FOOF, 0.1, [{"damping": -1.0}], EVERY),
+    "KFAC": of_model(
+        gd.KFAC,
+        0.1,
+        [{"damping": -1.0}, {"kl_clip": 0.0}, {"stat_decay": 1.0}, {"samples": 0}, {"seed": -1}],
+        EVERY | {"fisher": "type-2"},
+    ),
+    "EKFAC": of_model(gd.EKFAC, 0.1, [{"momentum": 1.0}, {"factor_update_every": 0}], EVERY | {"fisher": "type-2"}),
+    "FOOF": of_model(gd.FOOF, 0.1, [{"weight_decay": -1.0}, {"damping": 0.0}], EVERY),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 every_case_with_a_closure = pytest.mark.parametrize(

@@ -27,15 +27,12 @@ class Case:
     theirs: type[torch.optim.Optimizer] | None
     options: dict[str, Any] = field(default_factory=dict)
     refused: list[dict[str, Any]] = field(default_factory=list)
-    takes_a_model: bool = False  # see also test_closure_and_model.py
     rest: str | None = None  # the algorithm of what is no matrix
     spreads: bool = True  # whether its rule computes with infinities (LAPACK does not)
     tolerance: float = 1e-12  # of a comparison with torch (NAdam: torch keeps a product in single precision)
 
     def build(self, params, **options):
         options = {**self.options, **options}
-        if self.takes_a_model:  # one that knows nothing of the parameters, which leaves the rule for all others
-            return self.cls(torch.nn.Identity(), params=params, **options)
         return self.cls(self.groups(params), **options)
 
     def groups(self, params):
@@ -72,9 +69,6 @@ CASES = {
         [*BAD_BETAS, {"precondition_every": 0}, {"block_size": 1.5}],
         spreads=False,
     ),
-    "KFAC": Case(gd.KFAC, None, {}, [{"damping": -1.0}, {"kl_clip": 0.0}, {"stat_decay": 1.0}], takes_a_model=True),
-    "EKFAC": Case(gd.EKFAC, None, {}, [{"momentum": 1.0}], takes_a_model=True),
-    "FOOF": Case(gd.FOOF, None, {}, [{"weight_decay": -1.0}], takes_a_model=True),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (1,), (5,), (3, 4), (2, 3, 4), (2, 3, 2, 2), (0,), (3, 0)]

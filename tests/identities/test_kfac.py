@@ -1,6 +1,7 @@
 """K-FAC, EKFAC and FOOF: where they are exact, what they are invariant to, and what may not go wrong."""
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -14,16 +15,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_descent.capture import Capture
+from guided_descent.core import Optimizer
 from guided_descent.kfac import (
     EKFAC,
     FOOF,
     KFAC,
-    _full_precision,
     damping_shifts,
     divide,
     eigenvalue_correction,
     kronecker_factors,
 )
+from guided_descent.layerwise import full_precision
 
 METHODS = [KFAC, EKFAC, FOOF]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
@@ -45,6 +47,10 @@ def data(n=24, d=5, c=3, dtype=torch.float64, key=0):
 
 def mse(model, x, y):
     return (model(x) - y).square().flatten(1).sum(1).mean() / 2
+
+
+def mean_square(y):
+    return y.square().flatten(1).sum(1).mean()
 
 
 def build(method, model, **options):
@@ -71,7 +77,9 @@ def pairs(model, x, fisher="type-2", likelihood="gaussian", loss=None, **options
     options = {"fisher": fisher, "likelihood": likelihood, **options}
     capture = Capture(model, consume=lambda layer, a, g: found.update({layer: (a, g)}), **options)
     y = model(x)
-    (y.square().flatten(1).sum(1).mean() if loss is None else loss(y)).backward()
+    if loss is None:
+        loss = (lambda z: -z.log_softmax(1)[:, 0].mean()) if likelihood == "categorical" else mean_square
+    loss(y).backward()
     capture.detach()
     model.zero_grad()
     return [found[layer] for layer in capture.layers]
@@ -202,7 +210,7 @@ def test_a_pointwise_convolution_is_a_linear_layer_of_its_pixels():
     rows = x.permute(0, 2, 3, 1).reshape(6, 4, 3)
     methods = []
     for model, input in ((conv, x), (linear, rows)):
-        methods.append(build(KFAC, model, fisher="type-2"))
+        methods.append(build(KFAC, model, fisher="type-2", reduction="examples"))
         for _ in range(3):
             methods[-1].zero_grad()
             model(input).square().flatten(1).sum(1).mean().backward()
@@ -349,13 +357,13 @@ def test_sharing_reaches_the_factors():
     assert a.shape == (5, 9, 9)
     for sharing in ("expand", "reduce"):
         model = copy.deepcopy(conv)
-        optimizer = build(KFAC, model, sharing=sharing, fisher="type-2")
+        optimizer = build(KFAC, model, sharing=sharing, fisher="type-2", reduction="mean", class_dim=1)
         model(x).square().flatten(1).sum(1).mean().backward()
         optimizer.step()
         A, G = kronecker_factors(a, g, sharing)
         memory = optimizer._memory(optimizer.capture.layers[0])
         torch.testing.assert_close(memory["A"], A)
-        torch.testing.assert_close(memory["G"], G)
+        torch.testing.assert_close(memory["G"], G / 9)  # a mean over 3·3 rows, of three numbers each
 
 
 def test_eigenvalues_are_kfacs_first_and_then_the_mean_of_the_corrections():
@@ -477,32 +485,43 @@ def test_unfrozen_layers_are_added_without_naming_them(method, form):
     model[0].requires_grad_(False)
     optimizer = build(method, model)
     model[0].requires_grad_(True)
-    optimizer.capture.loss_scale = 8.0
     optimizer.add_param_group({"params": form(model[0].parameters()), "lr": 0.01})
     assert optimizer.param_groups[1]["param_names"][0] == "0.weight"
     assert [layer.name for layer in optimizer.capture.layers] == ["0", "2"]
-    assert optimizer.capture.loss_scale == 8.0
     temperature = torch.nn.Parameter(torch.ones(()))  # of the loss, say
     optimizer.add_param_group({"params": [temperature]})
     assert optimizer.param_groups[2]["params"] == [temperature]
+    assert optimizer.param_groups[2]["algorithm"] == "adamw" and optimizer.param_groups[2]["lr"] == 1e-3
+
+
+class Loose(nn.Module):
+    """A layer, and a parameter that no layer covers."""
+
+    def __init__(self, size=3):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return self.linear(x) * self.scale.mean()
 
 
 @every_method
-def test_loose_parameters_are_stepped_as_by_sgd(method):
-    class Loose(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.ones(3, dtype=torch.float64))
-
-    model, x = Loose(), torch.ones(3, dtype=torch.float64, requires_grad=True)
-    ours = build(method, model, kl_clip=math.inf)
-    theirs = torch.optim.SGD([x], lr=0.1, momentum=0.9)
+@pytest.mark.parametrize("algorithm", ["adamw", "sgd"])
+def test_loose_parameters_are_stepped_by_the_algorithm_with_its_own_defaults(method, algorithm):
+    torch.manual_seed(0)
+    model, alone = Loose().double(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    ours = build(method, model, algorithm=algorithm, weight_decay=0.1)
+    theirs = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[algorithm]([alone], lr=1e-3, weight_decay=0.1)
+    assert ours.param_groups[1]["lr"] == 1e-3 and ours.coverage()["rest"] == ["scale"]
     for t in range(4):
-        model.w.grad = torch.full((3,), 0.5 + t, dtype=torch.float64)
-        x.grad = model.w.grad.clone()
+        x, y = data(key=t)
+        ours.zero_grad()
+        mse(model, x, y).backward()
+        alone.grad = model.scale.grad.clone()
         ours.step()
         theirs.step()
-    torch.testing.assert_close(model.w, x)
+    torch.testing.assert_close(model.scale.data, alone.data)
 
 
 class Everything(nn.Module):
@@ -782,7 +801,7 @@ def test_a_step_with_an_infinity_never_happened(method, flags):
     for poisoned in (False, True):
         torch.manual_seed(0)
         model = net(5, 4, 3)
-        optimizer = build(method, model, inverse_update_every=1, seed=3)
+        optimizer = build(method, model, inverse_update_every=1)
         for t in range(5):
             x, y = data(key=t)
             if poisoned and t in (0, 3):
@@ -826,7 +845,7 @@ def test_statistics_that_are_not_finite_skip_or_raise_and_name_the_layer(flags):
 def flags(request, monkeypatch):
     """Flags as they are, or as on a device: not to be looked at."""
     if request.param == "device":
-        monkeypatch.setattr("guided_descent.kfac._known", lambda flag: True if flag is None else None)
+        monkeypatch.setattr("guided_descent.layerwise.known", lambda flag: True if flag is None else None)
 
 
 def test_no_host_synchronisation(flags):
@@ -878,8 +897,12 @@ BAD = [
     ({"damping_split": "pi", "damping": 0.0}, r"damping=0.0 .* pass a number in \(0, inf\)"),
     ({"fisher": "exact"}, "fisher='exact' is unknown; use"),
     ({"likelihood": "poisson"}, "likelihood='poisson' is unknown; use"),
-    ({"inverse_update_every": 0}, "inverse_update_every=0; pass"),
-    ({"factor_update_every": 1.5}, "factor_update_every=1.5; pass"),
+    ({"inverse_update_every": 0}, r"inverse_update_every=0.* pass an integer in \[1, inf\)"),
+    ({"factor_update_every": 1.5}, r"factor_update_every=1.5.* pass an integer in \[1, inf\)"),
+    ({"seed": -1}, "seed=-1.* pass an integer in"),
+    ({"samples": 0}, "samples=0.* pass an integer in"),
+    ({"reduction": "none"}, "reduction='none' is unknown; use"),
+    ({"algorithm": "adm"}, "algorithm='adm' is unknown; use"),
     ({"engine": "foreach"}, "engine='foreach' is unknown; use"),
 ]
 
@@ -887,7 +910,7 @@ BAD = [
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[str(o) for o, _ in BAD])
 def test_bad_arguments_are_named(options, message):
     model = net(5, 4, 3)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         build(KFAC, model, **options)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -903,9 +926,552 @@ def test_what_is_no_model_is_refused():
         FOOF(net(5, 3), damping=0)
 
 
-def test_full_precision_before_torch_had_fp32_precision(monkeypatch):
+def testfull_precision_before_torch_had_fp32_precision(monkeypatch):
     matmul = SimpleNamespace(allow_tf32=True)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    with _full_precision(torch.device("cpu")):
+    with full_precision(torch.device("cpu")):
         assert vars(matmul) == {"allow_tf32": False}
     assert vars(matmul) == {"allow_tf32": True}
+
+
+# The user's loss
+
+
+class Tokens(nn.Module):
+    """Logits of five classes for each of eight tokens, the classes on some axis."""
+
+    def __init__(self, axis=2, then=lambda z: z):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second, self.axis, self.then = nn.Linear(6, 10), nn.Linear(10, 5), axis, then
+        self.double()
+
+    def forward(self, x):
+        return self.then(self.second(self.first(x).tanh())).movedim(-1, self.axis)
+
+
+def tokens():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(20, 8, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randint(5, (20, 8), generator=generator)
+
+
+def cross_entropy(model, x, y, **options):
+    z = model(x)
+    return nn.functional.cross_entropy(z.movedim(2, 1) if model.axis == 2 else z, y, **options)
+
+
+FREE = {"momentum": 0.0, "kl_clip": math.inf}
+
+
+def after_two_steps(method, fisher, way, axis=2):
+    (x, y), model = tokens(), Tokens(axis)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if way in ("scaled", "unscaled") else None
+    options = {"reduction": "sum"} if way == "sum" else {}
+    if fisher == "empirical" and scaler:
+        options["grad_scaler"] = scaler
+    optimizer = method(model, 0.3, fisher=fisher, **FREE, **options)
+    for _ in range(2):
+        optimizer.zero_grad()
+        parts = 4 if way == "accumulated" else 1
+        for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            loss = cross_entropy(model, xs, ys, reduction="sum" if way == "sum" else "mean") / parts
+            (scaler.scale(loss) if scaler else loss).backward()
+        if way == "unscaled":
+            scaler.unscale_(optimizer)
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("method", [KFAC, EKFAC], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+def test_every_way_to_scale_a_loss_gives_the_same_step(method, fisher):
+    mean = after_two_steps(method, fisher, "mean")
+    for way in ("sum", "accumulated", "scaled", "unscaled"):
+        torch.testing.assert_close(after_two_steps(method, fisher, way), mean, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(after_two_steps(method, fisher, "mean", axis=1), mean, rtol=1e-10, atol=1e-12)
+
+
+def test_the_empirical_fisher_is_that_of_the_mean_over_all_rows():
+    (x, y), model = tokens(), Tokens()
+    optimizer = KFAC(model, 0.0, fisher="empirical")
+    cross_entropy(model, x, y).backward()
+    optimizer.step()
+    z = model(x).detach()
+    g = z.softmax(2) - nn.functional.one_hot(y, 5)
+    G = torch.einsum("nti,ntj->ij", g, g) / 160
+    torch.testing.assert_close(optimizer._memory(optimizer.capture.layers[1])["G"], G)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "examples", "sum"])
+def test_an_undamped_step_on_a_linear_layer_solves_it_whatever_the_mean_is_over(reduction):
+    torch.manual_seed(0)
+    x, target = torch.randn(20, 8, 6, dtype=torch.float64), nn.Linear(6, 4, bias=False).double()
+    model = nn.Linear(6, 4, bias=False).double()
+    optimizer = build(KFAC, model, lr=1.0, damping=0.0, fisher="type-2", reduction=reduction, **FREE)
+    squares = (model(x) - target(x).detach()).square().sum(2) / 2
+    {"mean": squares.mean, "examples": lambda: squares.sum(1).mean(), "sum": squares.sum}[reduction]().backward()
+    optimizer.step()
+    torch.testing.assert_close(model.weight, target.weight, rtol=1e-9, atol=1e-9)
+
+
+def test_a_scale_that_shows_is_checked_and_one_that_does_not_is_asked_for():
+    (x, y), one = tokens(), torch.nn.functional.one_hot
+    for loss, times in [
+        (lambda m: cross_entropy(m, x, y, reduction="sum"), "160"),
+        (lambda m: cross_entropy(m, x, y, reduction="none").sum(1).mean(), "8"),
+        (lambda m: 2 * cross_entropy(m, x, y), "2"),
+    ]:
+        model = Tokens()
+        optimizer, before = KFAC(model), copy.deepcopy(model.state_dict())
+        loss(model).backward()
+        with pytest.raises(ValueError, match=f"the loss is {times} times the mean over the 160 rows"):
+            optimizer.step()
+        assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items()) and not optimizer.state
+    model = Tokens()
+    optimizer = KFAC(model, reduction="mean")
+    (2 * cross_entropy(model, x, y)).backward()
+    optimizer.step()
+    bernoulli = nn.functional.binary_cross_entropy_with_logits
+    model, target = Tokens(), one(y[:, 0], 5).double()
+    optimizer = KFAC(model, likelihood="bernoulli")
+    bernoulli(model(x[:, :1])[:, 0], target, reduction="sum").backward()
+    with pytest.raises(ValueError, match="the loss is 20 times the mean over the 20 rows"):
+        optimizer.step()
+    for likelihood in ("gaussian", "bernoulli"):
+        model = Tokens()
+        optimizer = KFAC(model, likelihood=likelihood)
+        bernoulli(model(x), one(y, 5).double()).backward()
+        with pytest.raises(ValueError, match="20 examples have outputs of 160 rows.* pass reduction='mean'"):
+            optimizer.step()
+
+
+def test_the_empirical_fisher_asks_for_the_scaler():
+    model = net(5, 4, 3, dtype=torch.float32)
+    optimizer, scaler = build(KFAC, model, fisher="empirical"), torch.amp.GradScaler("cpu")
+    x, y = data(dtype=torch.float32)
+    scaler.scale(mse(model, x, y)).backward()
+    with pytest.raises(ValueError, match="pass grad_scaler="):
+        scaler.step(optimizer)
+
+
+def squared(z, y):
+    return (z - nn.functional.one_hot(y, 5)).square().mean()
+
+
+def binary(z, y):
+    return nn.functional.binary_cross_entropy_with_logits(z, nn.functional.one_hot(y, 5).to(z))
+
+
+def softmax(z):
+    return z.softmax(-1)
+
+
+def log_softmax(z):
+    return z.log_softmax(-1)
+
+
+def mixed(z, y):
+    return nn.functional.cross_entropy(z, 0.3 * nn.functional.one_hot(y, 5) + 0.7 * nn.functional.one_hot(y.flip(0), 5))
+
+
+def partial(**options):
+    return lambda z, y: nn.functional.cross_entropy(z, y, **options)
+
+
+WEIGHTS = torch.tensor([0.1, 2.0, 0.5, 1.0, 3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("then", "loss", "options", "message"),
+    [
+        (None, squared, {}, "likelihood='categorical' does not fit the loss"),
+        (None, binary, {}, "likelihood='categorical' does not fit the loss"),
+        (softmax, lambda z, y: nn.functional.nll_loss(z.log(), y), {}, "'categorical' does not fit the loss"),
+        (None, partial(), {"likelihood": "gaussian"}, "'gaussian' does not fit the loss.*pass likelihood="),
+        (None, partial(), {"likelihood": "bernoulli"}, "'bernoulli' does not fit the loss.*axis 1"),
+        (None, partial(), {}, ""),
+        (None, partial(label_smoothing=0.2), {}, ""),
+        (None, partial(weight=WEIGHTS), {}, ""),
+        (None, partial(ignore_index=1), {}, ""),
+        (None, mixed, {}, ""),
+        (log_softmax, nn.functional.nll_loss, {}, ""),
+        (None, squared, {"likelihood": "gaussian"}, ""),
+        (softmax, squared, {"likelihood": "gaussian"}, ""),
+        (None, binary, {"likelihood": "bernoulli"}, ""),
+    ],
+)
+def test_the_likelihood_is_held_against_the_loss(then, loss, options, message):
+    (x, y), model = tokens(), Tokens(1, then or (lambda z: z))
+    x, y = x[:, 0], y[:, 0]
+    optimizer = KFAC(model, **options)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            loss(model(x), y).backward()
+        optimizer.zero_grad()
+    else:
+        loss(model(x), y).backward()
+        optimizer.step()
+        assert optimizer._memory(optimizer.capture.layers[0])["count"] == 1
+
+
+def test_the_axis_of_the_classes_is_found_or_asked_for():
+    (x, y), model = tokens(), Tokens(1)
+    optimizer = KFAC(model, class_dim=2)
+    with pytest.raises(ValueError, match="does not sum to zero over class_dim=2"):
+        cross_entropy(model, x, y).backward()
+    optimizer.detach()
+    optimizer = KFAC(model, class_dim=1)
+    cross_entropy(model, x, y).backward()
+    optimizer.detach()
+    model = Tokens(1)
+    optimizer = KFAC(model)  # two tokens whose gradients are opposite: both axes sum to zero
+    z, half = model(x[:, :2]), torch.zeros(20, 5, 2, dtype=torch.float64)
+    half[:, 0, 0] = half[:, 1, 1] = 1.0
+    half[:, 1, 0] = half[:, 0, 1] = -1.0
+    with pytest.raises(ValueError, match=r"over each of the axes \[1, 2\]; pass class_dim="):
+        z.backward(half)
+
+
+class WithLoss(Tokens):
+    """As the models of some libraries: it computes its own loss."""
+
+    def __init__(self, loss):
+        super().__init__(1)
+        self.loss = loss
+
+    def forward(self, x, y):
+        z = super().forward(x)
+        return {"loss": self.loss(z, y), "logits": z}
+
+
+def test_a_loss_computed_in_the_model_is_checked_too():
+    x, y = tokens()
+    model = WithLoss(partial())
+    optimizer = KFAC(model)
+    model(x[:, 0], y[:, 0])["loss"].backward()
+    optimizer.step()
+    model = WithLoss(squared)
+    optimizer = KFAC(model)
+    with pytest.raises(ValueError, match="does not fit the loss"):
+        model(x[:, 0], y[:, 0])["loss"].backward()
+    del optimizer
+
+
+# Step length
+
+
+def moved(optimizer, model, t=0):
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = data(key=t)
+    optimizer.zero_grad()
+    mse(model, x, y).backward()
+    optimizer.step()
+    change = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, model.parameters(), strict=True)])
+    for p, b in zip(model.parameters(), before, strict=True):
+        p.data.copy_(b)
+    return change
+
+
+@every_method
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_half_the_learning_rate_is_half_the_step_while_the_limit_binds(method, kind):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    options = {} if method is FOOF else {"fisher": "type-2"}
+    optimizer = build(method, model, lr=kind(1.0), momentum=0.0, kl_clip=1e-6, stat_decay=0.0, **options)
+    for _ in range(3):  # EKFAC's eigenvalues of the first step are others
+        full = moved(optimizer, model)
+    (group,) = optimizer.param_groups
+    for lr in (0.5, 0.125):
+        group["lr"] = kind(lr)
+        torch.testing.assert_close(moved(optimizer, model), lr * full, rtol=1e-3, atol=0)
+    group["lr"] = kind(4.0)  # beyond it the limit holds
+    torch.testing.assert_close(moved(optimizer, model), full, rtol=1e-3, atol=0)
+    group["lr"] = kind(2.0)
+    torch.testing.assert_close(moved(optimizer, model), full / 2, rtol=1e-3, atol=0)
+    again = build(method, model, lr=kind(0.1), momentum=0.0, kl_clip=1e-6, stat_decay=0.0, **options)
+    again.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(moved(again, model), full / 2, rtol=1e-3, atol=0)
+
+
+def test_a_warmup_counts_from_the_rate_that_was_given():
+    ends = {}
+    for warm in (False, True):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        optimizer = build(KFAC, model, lr=1.0, momentum=0.0, kl_clip=1e-6, fisher="type-2")
+        if warm:
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.1 + 0.1 * t)
+        ends[warm] = moved(optimizer, model)
+    torch.testing.assert_close(ends[True], 0.1 * ends[False])
+
+
+# What is covered
+
+
+class Conv1D(nn.Module):
+    """A linear layer with its weight transposed, as GPT-2's in transformers."""
+
+    def __init__(self, d_out, d_in):
+        super().__init__()
+        self.nf = d_out
+        self.weight = nn.Parameter(torch.randn(d_in, d_out, dtype=torch.float64) / d_in**0.5)
+        self.bias = nn.Parameter(torch.zeros(d_out, dtype=torch.float64))
+
+    def forward(self, x):
+        rows = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return rows.view(*x.shape[:-1], self.nf)
+
+
+@every_method
+@pytest.mark.parametrize("sizes", [(5, 4, 3), (4, 4, 4)])
+def test_a_transposed_linear_layer_is_a_linear_layer(method, sizes):
+    torch.manual_seed(0)
+    linear = net(*sizes)
+    model = nn.Sequential(Conv1D(*sizes[1::-1]), nn.Tanh(), Conv1D(*sizes[:0:-1]))
+    with torch.no_grad():
+        for k in (0, 2):
+            model[k].weight.copy_(linear[k].weight.T)
+            model[k].bias.copy_(linear[k].bias)
+    options = {} if method is FOOF else {"fisher": "type-2"}
+    optimizers = [build(method, m, **options) for m in (linear, model)]
+    assert optimizers[1].coverage() == {"fraction": 1.0, "layers": ["0", "2"], "rest": []}
+    for t in range(4):
+        x, y = data(d=sizes[0], c=sizes[-1], key=t)
+        for m, optimizer in zip((linear, model), optimizers, strict=True):
+            optimizer.zero_grad()
+            mse(m, x, y).backward()
+            optimizer.step()
+    for k in (0, 2):
+        torch.testing.assert_close(model[k].weight.T, linear[k].weight, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(model[k].bias, linear[k].bias, rtol=1e-9, atol=1e-11)
+
+
+class Odd(nn.Module):
+    """One matrix, and something beside the product."""
+
+    def __init__(self, then, weight=None):
+        super().__init__()
+        self.weight = nn.Parameter((torch.randn(4, 4) if weight is None else weight).double())
+        self.then = then
+
+    def forward(self, x):
+        return self.then(x @ self.weight)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Odd(torch.relu), Odd(lambda y: y + 1), Odd(lambda y: 2 * y), Odd(torch.tanh), Odd(lambda y: y, torch.eye(4))],
+    ids=["relu", "shift", "scale", "tanh", "symmetric"],
+)
+def test_what_only_resembles_a_linear_layer_is_not_covered(module):
+    with pytest.warns(UserWarning, match=r"KFAC covers 56% of the parameters.*'adamw': 0.weight"):
+        optimizer = build(KFAC, nn.Sequential(module, nn.Linear(4, 4).double()))
+    assert optimizer.coverage()["layers"] == ["1"]
+
+
+def test_building_draws_no_numbers():
+    model = nn.Sequential(Conv1D(4, 5), nn.Linear(4, 4).double())
+    before = torch.get_rng_state()
+    build(KFAC, model)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_is_covered_is_said(recwarn):
+    model = Loose(3)
+    optimizer = build(KFAC, model)
+    assert not [w for w in recwarn if "covers" in str(w.message)]
+    found = optimizer.coverage()
+    assert found["fraction"] == pytest.approx(18 / 21) and found["rest"] == ["scale"]
+    assert repr(optimizer).startswith("KFAC of 1 layers, 86% of the parameters (1 tensors are in no layer)\nKFAC (")
+    with pytest.warns(UserWarning, match="KFAC covers 62% of the parameters.*'adamw': scale"):
+        build(KFAC, Loose(11))
+
+
+def test_where_no_layer_is_covered_it_is_an_error():
+    model, other = net(5, 4, 3), net(5, 4, 3)
+    for method in METHODS:
+        with pytest.raises(ValueError, match="pass the model that is trained"):
+            build(method, model, params=other.parameters())
+        with pytest.raises(ValueError, match="none of the given parameters in a layer"):
+            build(method, nn.GRU(3, 3))
+        for p in other.parameters():
+            p.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"no parameter that requires a gradient; unfreeze"):
+            build(method, other)
+        for p in other.parameters():
+            p.requires_grad_(True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *other.modules()])
+
+
+@every_method
+def test_a_layer_unfrozen_later_is_named(method):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    model[0].requires_grad_(False)
+    optimizer = build(method, model)
+    train(model, optimizer, range(2))
+    model[0].requires_grad_(True)
+    x, y = data()
+    mse(model, x, y).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="parameter '0.weight' was frozen .* add it with add_param_group"):
+        optimizer.step()
+    assert same([p.detach() for p in model.parameters()], before)
+
+
+def test_a_group_with_an_algorithm_of_its_own_is_left_to_it(recwarn):
+    torch.manual_seed(0)
+    model, twin = net(5, 4, 3), net(5, 4, 3)
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "algorithm": "sgd"}]
+    optimizer = build(KFAC, model, params=groups)
+    assert optimizer.coverage()["layers"] == ["0"] and optimizer.coverage()["rest"] == ["2.weight", "2.bias"]
+    twin.load_state_dict(model.state_dict())
+    x, y = data()
+    mse(twin, x, y).backward()
+    torch.optim.SGD(twin.parameters(), lr=optimizer.param_groups[1]["lr"]).step()
+    train(model, optimizer, range(1))
+    assert not recwarn
+    assert torch.equal(model[2].weight, twin[2].weight) and not torch.equal(model[0].weight, twin[0].weight)
+
+
+def test_the_signatures_are_shown():
+    for method in (EKFAC, FOOF):
+        names = inspect.signature(method.__init__).parameters
+        assert {"momentum", "damping", "kl_clip", "likelihood", "algorithm", "params"} <= names.keys()
+    assert not issubclass(FOOF, KFAC)
+    assert all(inspect.unwrap(method.step) is inspect.unwrap(Optimizer.step) for method in METHODS)
+
+
+# State and messages
+
+
+@every_method
+def test_without_momentum_no_parameter_has_an_empty_state(method):
+    model = net(5, 4, 3)
+    optimizer = build(method, model, momentum=0.0)
+    train(model, optimizer, range(2))
+    assert optimizer.memory()["0"]["momentum"] == 0
+    assert all(optimizer.state.values()) and len(optimizer.state) == 2
+
+
+@every_method
+def test_a_checkpoint_of_other_shapes_is_refused_by_name(method):
+    torch.manual_seed(0)
+    wide, narrow = net(5, 4, 3), net(5, 6, 3)
+    optimizer = build(method, wide, momentum=0.0)
+    train(wide, optimizer, range(2))
+    other = build(method, narrow, momentum=0.0)
+    train(narrow, other, range(1))
+    before = copy.deepcopy(other.state_dict()["state"])
+    with pytest.raises(ValueError, match=r"parameter '[02].weight'.* 'A|G.* has shape .* has to be"):
+        other.load_state_dict(optimizer.state_dict())
+    after = other.state_dict()["state"]
+    for key, state in before.items():
+        for name, x in state["layers"]["0"].items():
+            assert torch.equal(after[key]["layers"]["0"][name], x)
+
+
+def test_the_past_has_the_weight_of_stat_decay_in_the_long_run():
+    torch.manual_seed(0)
+    model, expected, decay = net(5, 4, 3), None, 0.7
+    optimizer = build(KFAC, model, lr=0.0, stat_decay=decay)
+    for k in range(1, 12):
+        x, y = data(key=k)
+        optimizer.zero_grad()
+        mse(model, x, y).backward()
+        optimizer.step()
+        z = torch.cat([x, torch.ones(24, 1, dtype=torch.float64)], 1)
+        weight = max(1 / k, 1 - decay)
+        expected = z.T @ z / 24 if k == 1 else (1 - weight) * expected + weight * z.T @ z / 24
+        torch.testing.assert_close(optimizer._memory(optimizer.capture.layers[0])["A"], expected)
+
+
+def test_eigenvalues_are_carried_into_a_new_basis():
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    optimizer = build(EKFAC, model, fisher="type-2", inverse_update_every=1, lr=0.0)
+    train(model, optimizer, range(3))
+    m = optimizer._memory(optimizer.capture.layers[0])
+    for side in ("A", "G"):
+        U, s = m[f"{side}_vectors"].clone(), m["s"].clone()
+        m[side] = m[side] + torch.randn(len(m[side]), 2, dtype=torch.float64) @ torch.randn(2, len(m[side])).double()
+        m[side] = m[side] @ m[side].mT
+        optimizer.refresh(side, [m], [None])
+        V = (m[f"{side}_vectors"].mT @ U).square()
+        assert V.amax() < 0.999  # another basis
+        torch.testing.assert_close(m["s"], V @ s if side == "G" else s @ V.mT)
+        torch.testing.assert_close(m["s"].sum(), s.sum())
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize("split", ["exact", "pi"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_keys_have_no_reduced_factor_and_stay_under_relative_damping(split, autocast):
+    steps = {}
+    for sharing in ("expand", "reduce"):
+        torch.manual_seed(0)
+        model, x, y = Attention(), torch.randn(64, 7, 16), torch.randint(5, (64,))
+        optimizer = KFAC(model, 0.1, sharing=sharing, relative_damping=True, damping_split=split)
+        keys = next(layer for layer in optimizer.capture.layers if layer.name == "attention.k")
+        for _ in range(2):
+            before = model.attention.in_proj_weight.detach().clone()
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                z = model(x)
+            nn.functional.cross_entropy(z.float(), y).backward()
+            optimizer.step()
+            change = (model.attention.in_proj_weight.detach() - before).abs()
+            steps.setdefault(sharing, []).append([float(part.amax()) for part in change.split(16)])
+        G = optimizer._memory(keys)["G"]
+        assert G.eq(0).all() == (sharing == "reduce")
+    for q, k, v in steps["reduce"]:
+        assert 0 < q < 3 and k == 0 and 0 < v < 3
+
+
+def test_bypassed_hooks_are_explained():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = net(5, 4), nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.head(checkpoint(self.body, x.requires_grad_(), use_reentrant=True))
+
+    model, (x, y) = Checkpointed(), data()
+    optimizer = build(KFAC, model)
+    mse(model, x, y).backward()
+    with pytest.raises(RuntimeError, match=r"layer 'body.0' has a gradient.*not compiled.*use_reentrant=False"):
+        optimizer.step()
+    model = net(5, 4, 3)
+    optimizer = build(KFAC, model)
+    mse(torch.compile(model, backend="eager"), x.detach(), y).backward()
+    with pytest.raises(RuntimeError, match=r"not compiled"):
+        optimizer.step()
+
+
+def test_the_seed_and_the_step_decide_what_is_drawn():
+    ends = []
+    for seed, steps in ((0, 2), (0, 2), (1, 2), (0, 1)):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        optimizer = build(KFAC, model, seed=seed, lr=0.0, stat_decay=0.0)
+        train(model, optimizer, [0] * steps)
+        ends.append(optimizer._memory(optimizer.capture.layers[0])["G"])
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2]) and not torch.equal(ends[0], ends[3])
