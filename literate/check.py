@@ -142,7 +142,8 @@ def _code(book: Book, chapter: Chapter) -> Iterator[Finding]:
                 chapter.file, cell.line + offset, f"a raw magic, {text[:30]}; write Python, nbval hides failures"
             )
         for mark in (mark for node in tree.body for mark in pieces.decorated(node) if index not in exported):
-            if owner := next((n.id for n in ast.walk(mark) if isinstance(n, ast.Name) and n.id in book.public), None):
+            owner = ast.unparse(mark).rpartition("(")[2].strip("()")
+            if owner in book.public:
                 line = cell.line + mark.lineno - 1
                 yield Finding(chapter.file, line, f"a method of {owner} that the package lacks; add `#| export`")
         asserts = False

@@ -124,8 +124,9 @@ class _Flow:
     def attempt(self, node: ast.Try | ast.TryStar, state: _State) -> _State | None:
         tried = self.block(node.body, state)
         ends = [tried and self.block(node.orelse, tried)]
+        start = _join(state, tried)  # of a handler, which may have come from anywhere in the body
+        start = replace(start, sure=start.sure - set(_named(node.body, ast.Del)))
         for handler in node.handlers:
-            start = _join(state, tried)  # it may have come from anywhere in the body
             end = self.block(handler.body, start)
             ends.append(end.delete([handler.name]) if end and handler.name else end)
         end = _join(*ends)
@@ -162,6 +163,6 @@ class _Flow:
         return state
 
 
-def _named(targets: list[ast.expr], context: type[ast.expr_context] = ast.Store) -> Iterator[str]:
+def _named(targets: Iterable[ast.AST], context: type[ast.expr_context] = ast.Store) -> Iterator[str]:
     found = (n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
     return (n.id for n in found if isinstance(n.ctx, context))

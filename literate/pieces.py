@@ -66,7 +66,7 @@ def read(code: str, file: str, line: int) -> Piece | None:
             raise error(node, f"a cell with methods of {owner} holds something else; move it to a cell of its own")
     kept = tuple(n for n in range(len(lines)) if n not in dropped)
     piece = Piece(owner, tuple(methods), "\n".join(_indented(lines[n]) for n in kept), kept)
-    if changed := _changed(piece.code, tree):
+    if changed := _changed(piece.code, ast.parse(code)):
         remedy = "write it in one line, or as a constant outside the class"
         raise error(changed, f"a string over several lines, which indentation in the class would change; {remedy}")
     if restore(piece.code, owner, file, line) != code:

@@ -63,6 +63,8 @@ def test_names(code, names):
         ("_ = [x := y for y in z]", "x", 1),
         ("x = 1\nif c:\n    del x", "x", 1),
         ("assert (x := 1)", "x", 1),
+        ("x = 1\ntry:\n    del x\n    x = f()\nexcept E:\n    pass", "x", 1),
+        ("x = 1\ntry:\n    del x\nexcept E:\n    pass\nelse:\n    x = 2", "x", 1),
     ],
 )
 def test_names_that_may_be_unbound(code, name, line):

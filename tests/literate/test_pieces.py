@@ -247,6 +247,7 @@ MALFORMED = {
     "__eq__": ("@property\ndef half", "def __eq__", "def __eq__", "__eq__ is looked for when Point is made"),
     "annotation": ("def half(self)", "def half(self) -> Point", "def half", "Point has another meaning, or none yet"),
     "default": ("def half(self)", "def half(self, f=double)", "def half", "double has another meaning"),
+    "decorator": ("@property", "@double", "def half", "double has another meaning"),
     "string": ("self.x / 2", '"""a\n    b"""', 'return """a', "a string over several lines"),
     "f-string": ("self.x / 2", 'f"""{self}\n    b"""', 'return f"""', "a string over several lines"),
     "continued string": ("self.x / 2", '"a\\\n    b"', 'return "a', "a string over several lines"),
