@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head d0f1491d
+# %% head 997af43e
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -77,7 +77,7 @@ OPTIONS: Options = {
 }
 
 
-# %% 23_machinery sec-ranges 1 823d32d7
+# %% 23_machinery sec-ranges 1 ae89989c
 #: Valid ranges of the hyperparameters that mean the same in every optimizer.
 RANGES: dict[str, str | tuple[str, ...]] = {
     "lr": "[0, inf)",
@@ -89,6 +89,7 @@ RANGES: dict[str, str | tuple[str, ...]] = {
 }
 
 
+# %% 23_machinery sec-ranges 2 bd0db93f
 def check_range(name: str, value: Any, interval: str | tuple[str, ...]) -> None:
     """Refuse a number outside an interval.
 
@@ -177,7 +178,7 @@ class _Plan(NamedTuple):
     odd: str  # why torch's fused kernels cannot take it, or nothing
 
 
-# %% 23_machinery sec-base-class 2 0bdcbc7e
+# %% 23_machinery sec-base-class 2 de57452c
 class Optimizer(torch.optim.Optimizer):
     """The base of every optimizer here: it runs a subclass's ``rule`` over all parameters.
 
@@ -243,6 +244,7 @@ class Optimizer(torch.optim.Optimizer):
                 )
         return super().__new__(cls)
 
+    # %% 23_machinery sec-base-class 3 62b02416
     def __init__(
         self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]
     ) -> None:
@@ -254,7 +256,8 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"{kind} got a module; pass model.parameters()")
         self.skipped: Tensor | None = None
         self._forget()
-        super().__init__(params, {**defaults, **OPTIONS, **options})
+        super(Optimizer, self).__init__(params, {**defaults, **OPTIONS, **options})
+
 
     def init_state(self, p: Tensor, g: Tensor, h: Names) -> dict[str, Tensor]:
         """What the rule remembers of one tensor before its first step, by name.
@@ -265,13 +268,16 @@ class Optimizer(torch.optim.Optimizer):
         """
         return {}
 
+
     @staticmethod
     def clock(h: Names) -> None:
         """Compute, once a step, the numbers that all tensors share, into ``h``."""
 
+
     @staticmethod
     def refresh(s: Names, h: Names) -> None:
-        """Renew state that is dear to renew, after ``rule``, of matrices in turn."""
+        """Renew state that is expensive to renew, after ``rule``, of matrices in turn."""
+
 
     def directions(
         self, work: list[tuple[dict[str, Any], list[Tensor]]], finite: Tensor | None
@@ -287,6 +293,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         return {}
 
+
     @property
     def skipped_steps(self) -> int:
         """How many steps ``nonfinite="skip"`` has skipped, in this process.
@@ -295,7 +302,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         return 0 if self.skipped is None else int(self.skipped)
 
-    # %% 23_machinery sec-base-class 3 06eacf65
+    # %% 23_machinery sec-base-class 4 06eacf65
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -332,7 +339,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._advance(group, params, engine, directions, keep)
         return loss
 
-    # %% 23_machinery sec-base-class 4 c465d5b8
+    # %% 23_machinery sec-base-class 5 a5718c42
     def _engine(self, group: dict[str, Any], params: list[Tensor]) -> str:
         """The engine a group runs on, after refusing what it cannot do."""
         method, odd = self._method(group), ""
@@ -400,6 +407,7 @@ class Optimizer(torch.optim.Optimizer):
         if begun:
             for name in names:
                 x, like = state[name], wanted[name]
+                # a model moved to channels_last keeps its numbers, in another order
                 moved = x.device != p.device or x.stride() != like.stride()
                 if moved and x.shape == p.shape and not sharded:
                     state[name] = torch.empty_like(p, dtype=x.dtype).copy_(x)
@@ -437,7 +445,7 @@ class Optimizer(torch.optim.Optimizer):
                 )
         return ""
 
-    # %% 23_machinery sec-base-class 5 cd3a19c6
+    # %% 23_machinery sec-base-class 6 cd3a19c6
     def examined(self, work: Any) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         """What has to be finite, with its group and what an error calls it: each gradient."""
         for group, params in work:
@@ -471,7 +479,7 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped = before + (~finite).long()
         return finite
 
-    # %% 23_machinery sec-base-class 7 a765ec0b
+    # %% 23_machinery sec-base-class 8 a765ec0b
     def _advance(
         self,
         group: dict[str, Any],
@@ -575,7 +583,7 @@ class Optimizer(torch.optim.Optimizer):
             self._turns[every] = list(zip(turns, (unit for unit, _ in units), strict=True))
         return {unit for turn, unit in self._turns[every] if turn == now % every and now}
 
-    # %% 23_machinery sec-base-class 8 92e7bb58
+    # %% 23_machinery sec-base-class 9 92e7bb58
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
         group = _named({**param_group})
@@ -746,7 +754,7 @@ class Optimizer(torch.optim.Optimizer):
                     raise ValueError(f"the checkpoint does not fit {label}, {shape}: {why}")
 
 
-# %% 23_machinery sec-base-class 6 de1e1167
+# %% 23_machinery sec-base-class 7 de1e1167
 def _agreed(flags: list[Tensor], meshes: list[Any]) -> Tensor | None:
     """All flags in one, on the device of the first; and over the processes of a mesh."""
     if not flags:
@@ -764,7 +772,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 ec2c5bb3
+# %% 23_machinery sec-base-class 10 ec2c5bb3
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e73a3ea7
+# %% head acc72b6c
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -60,7 +60,7 @@ class Muon(Optimizer):
         p.add_(polar(m), alpha=-h.lr)
 
 
-# %% 23_machinery sec-matrixwise 4 e93514b1
+# %% 23_machinery sec-matrixwise 4 b69cca9c
 @matrixwise
 def eigenbasis(L: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix, as columns, the largest eigenvalue first."""
@@ -86,7 +86,8 @@ class SOAP(Optimizer):
     Source: Vyas et al. (2024), arXiv 2409.11321. Appendix "The machinery".
     """
 
-    matrices, vectors, every, clocks = True, True, "precondition_every", ("step",)
+    matrices = vectors = True
+    every, clocks = "precondition_every", ("step",)
     precise = ("left", "right", "left_basis", "right_basis")
     ranges = {"precondition_every": "[1, inf) int", "block_size": "[1, inf) int | None"}
 
@@ -111,7 +112,7 @@ class SOAP(Optimizer):
     def clock(h: Any) -> None:
         b1, b2 = h.betas
         t = h.step - 1
-        first = 1.0 * (t == 0)
+        first = 1.0 * (t == 0)  # all weights are then zero
         h.w1, h.w2 = (1 - first) * (1 - b1), (1 - first) * (1 - b2)
         h.rate = h.lr * (1 - first) * (1 - b2**t) ** 0.5 / (1 - b1**t + first)
 
