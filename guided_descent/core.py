@@ -1,10 +1,11 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 997af43e
+# %% head f1e7264b
 """Chapter 23, The machinery."""
 
 __all__ = [
     "ALGORITHMS",
+    "KEYS",
     "OPTIONS",
     "RANGES",
     "TRANSIENT",
@@ -20,8 +21,10 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-optimizer 1 8b31cc2d
+# %% 23_machinery sec-optimizer 1 c5b74827
+import difflib
 import functools
+import inspect
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -244,14 +247,16 @@ class Optimizer(torch.optim.Optimizer):
                 )
         return super().__new__(cls)
 
-    # %% 23_machinery sec-base-class 3 62b02416
+    # %% 23_machinery sec-base-class 3 f9b6e26e
     def __init__(
         self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]
     ) -> None:
         kind = type(self).__name__
         if unknown := options.keys() - OPTIONS:
-            known = ", ".join(defaults | OPTIONS)
-            raise TypeError(f"{kind} has no {min(unknown)}=; use one of {known}")
+            known = [*inspect.signature(type(self)).parameters][1:-1]
+            raise TypeError(
+                f"{kind} has no {min(unknown)}=; use one of {', '.join([*known, *OPTIONS])}"
+            )
         if isinstance(params, torch.nn.Module):
             raise TypeError(f"{kind} got a module; pass model.parameters()")
         self.skipped: Tensor | None = None
@@ -339,7 +344,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._advance(group, params, engine, directions, keep)
         return loss
 
-    # %% 23_machinery sec-base-class 5 a5718c42
+    # %% 23_machinery sec-base-class 5 3ba8da02
     def _engine(self, group: dict[str, Any], params: list[Tensor]) -> str:
         """The engine a group runs on, after refusing what it cannot do."""
         method, odd = self._method(group), ""
@@ -362,6 +367,7 @@ class Optimizer(torch.optim.Optimizer):
                 plan = self._plan(method, p, group, seen)
             odd = odd or plan.odd
         name = group["engine"]
+        check_choice("engine", name, method.engines)
         if name not in ("auto", "fused"):
             return name
         why = odd if method.fused else "torch has no kernel for this rule"
@@ -583,7 +589,7 @@ class Optimizer(torch.optim.Optimizer):
             self._turns[every] = list(zip(turns, (unit for unit, _ in units), strict=True))
         return {unit for turn, unit in self._turns[every] if turn == now % every and now}
 
-    # %% 23_machinery sec-base-class 9 92e7bb58
+    # %% 23_machinery sec-base-class 9 55ca12d4
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
         group = _named({**param_group})
@@ -595,6 +601,10 @@ class Optimizer(torch.optim.Optimizer):
             inherited = {name: self.defaults[name] for name in OPTIONS}
             group = {**method.defaults, **inherited, **group}
         method._check_group({**self.defaults, **group})
+        known = {**self.defaults, **method.defaults, **dict.fromkeys(KEYS)}
+        for name in group.keys() - known:
+            if near := difflib.get_close_matches(name, known, 1, 0.8):
+                raise TypeError(f"a group has {name!r}, which means nothing; use {near[0]!r}")
         super(Optimizer, self).add_param_group(group)
         self._forget()
 
@@ -671,6 +681,8 @@ class Optimizer(torch.optim.Optimizer):
         """The checkpoint, as in torch; clocks are handed out as a copy for each tensor."""
         packed = super(Optimizer, self).state_dict()
         for group in packed["param_groups"]:
+            if group["state_dtype"] is not None:  # torch's distributed checkpoint knows no types
+                group["state_dtype"] = str(group["state_dtype"])
             clocks = self._method(group).clocks
             for key in group["params"] if clocks else ():
                 if state := packed["state"].get(key):
@@ -772,7 +784,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 10 ec2c5bb3
+# %% 23_machinery sec-base-class 10 c361234d
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -784,6 +796,8 @@ ALGORITHMS = {
     "rmsprop": "adaptive.RMSprop",
     "sgd": "sgd.SGD",
 }
+#: What any group may hold, beside hyperparameters.
+KEYS = ("params", "param_names", "algorithm", "block_size", "split_sizes", "initial_lr")
 #: Attributes that a copy makes anew: what torch hangs on every optimizer, and ours.
 TRANSIENT = vars(torch.optim.SGD([torch.zeros(1)])).keys() | {"step", "_graph", "_opt_called"}
 TRANSIENT |= {"_plans", "_turns", "_others"}

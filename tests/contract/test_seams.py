@@ -423,6 +423,35 @@ def test_complex_state_of_another_precision(engine):
     torch.testing.assert_close(torch.view_as_real(z.detach()), x.detach(), rtol=1e-12, atol=0)
 
 
+def test_what_a_group_or_a_call_misspells_is_said():
+    for wrong, right in ({"split_size": [1, 1]}, "split_sizes"), ({"weightdecay": 0.1}, "weight_decay"):
+        optimizer = gd.AdamW(matrices((2, 2)))
+        (name,) = wrong
+        with pytest.raises(TypeError, match=f"a group has '{name}', which means nothing; use '{right}'"):
+            optimizer.add_param_group({"params": matrices((2, 2)), **wrong})
+        assert len(optimizer.param_groups) == 1
+    gd.AdamW([{"params": matrices((2, 2)), "name": "trunk", "lr_scale": 0.5}])  # a user's own
+    with pytest.raises(TypeError, match="KFAC has no sample=; use one of lr, momentum, .*fisher, .*params, maximize"):
+        gd.KFAC(torch.nn.Linear(2, 2), sample=1)
+    params = matrices((2, 2))
+    optimizer = gd.AdamW(params)
+    optimizer.param_groups[0]["engine"] = "warp"
+    with pytest.raises(ValueError, match="engine='warp' is unknown; use one of 'auto'"):
+        run(optimizer, params, range(1))
+
+
+def test_a_checkpoint_holds_what_torchs_distributed_checkpoint_knows():
+    params, twins = matrices((2, 2)), matrices((2, 2))
+    optimizer = gd.AdamW(params, state_dtype=torch.bfloat16)
+    run(optimizer, params, range(1))
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["state_dtype"] == "torch.bfloat16"
+    assert optimizer.param_groups[0]["state_dtype"] == torch.bfloat16
+    twin = gd.AdamW(twins, state_dtype=torch.float32)
+    twin.load_state_dict(saved)
+    assert twin.state[twins[0]]["exp_avg"].dtype == twin.param_groups[0]["state_dtype"] == torch.float32
+
+
 def test_the_module_itself_is_refused_with_a_remedy():
     with pytest.raises(TypeError, match=r"AdamW got a module; pass model.parameters\(\)"):
         gd.AdamW(torch.nn.Linear(2, 2))
