@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f1e7264b
+# %% head fff9b738
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -147,11 +147,11 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}")
 
 
-# %% 23_machinery sec-matrixwise 3 c714bbf3
+# %% 23_machinery sec-matrixwise 3 9d8e9451
 def share(costs: list[float], bins: int) -> list[int]:
     """Divide jobs over bins: the largest first, each to the emptiest; ties by number.
 
-    No bin then has more than 4/3 of the work it would have in the best division.
+    The fullest bin then has at most 4/3 of what the fullest has in the best division.
 
     Args:
         costs: What each job costs.

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head acc72b6c
+# %% head 54255fd2
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-matrixwise 2 f81cc805
+# %% 23_machinery sec-matrixwise 2 95f2291d
 from typing import Any, Unpack
 
 import torch
@@ -23,9 +23,10 @@ from guided_descent.engines import matrixwise
 
 @matrixwise
 def polar(M: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns, ``U Vᵀ`` where ``M = U Σ Vᵀ``."""
-    U, _, Vh = torch.linalg.svd(M.to(wide(M.dtype)), full_matrices=False)
-    return (U @ Vh).to(M.dtype)
+    """``U Vᵀ`` where ``M = U Σ Vᵀ``, over singular values above rounding."""
+    U, S, Vh = torch.linalg.svd(M.to(wide(M.dtype)), full_matrices=False)
+    rounding = S[..., :1] * torch.finfo(S.dtype).eps * max(M.shape[-2:])
+    return (U * (rounding < S).unsqueeze(-2) @ Vh).to(M.dtype)
 
 
 class Muon(Optimizer):

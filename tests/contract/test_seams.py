@@ -149,7 +149,7 @@ class Remembers(Optimizer):
 
 
 @every_engine
-@pytest.mark.parametrize("group", [{}, {"block_size": 3}, {"split_sizes": [1, 3]}])
+@pytest.mark.parametrize("group", [{}, {"block_size": 3}, {"split_sizes": [1, 3]}, {"maximize": True}])
 def test_elementwise_state_of_matrices_has_the_parameters_shape_in_any_layout(engine, group):
     (p,) = matrices((4, 3, 2, 2))
     p.data = p.data.contiguous(memory_format=torch.channels_last)
@@ -157,7 +157,8 @@ def test_elementwise_state_of_matrices_has_the_parameters_shape_in_any_layout(en
     for k in (1, 2):
         p.grad = torch.arange(48.0, dtype=torch.float64).view(4, 3, 2, 2)
         optimizer.step()
-        assert torch.equal(p, k * p.grad) and torch.equal(optimizer.state[p]["first"], (k + 1) * p.grad)
+        g = -p.grad if "maximize" in group else p.grad  # also what the state begins with
+        assert torch.equal(p, k * g) and torch.equal(optimizer.state[p]["first"], (k + 1) * g)
 
 
 def test_blocks_are_the_fewest_and_as_equal_as_can_be():
@@ -193,6 +194,40 @@ def test_what_is_no_matrix_is_refused_by_name(group, message):
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
+
+
+def test_polar_leaves_out_what_is_rounding():
+    (M,) = matrices((4, 4))
+    low = (M[:, :2] @ M[:2]).detach()
+    U, S, Vh = torch.linalg.svd(low)
+    torch.testing.assert_close(polar(low), U[:, :2] @ Vh[:2], rtol=1e-10, atol=1e-10)
+    assert not polar(torch.zeros(3, 2)).any()
+    torch.testing.assert_close(polar(torch.stack([low, M.detach()]))[1], polar(M.detach()), rtol=1e-12, atol=1e-12)
+
+
+@every_engine
+def test_soap_is_adam_in_the_eigenbasis_of_the_running_means(engine):
+    """Written out with explicit sums; past two refreshes, with different decays and a matrix that is not square."""
+    (x,), (b1, b2), lr, eps = matrices((4, 3)), (0.9, 0.8), 0.1, 1e-3
+    y, m, v = x.detach().clone(), torch.zeros(4, 3).double(), torch.zeros(4, 3).double()
+    optimizer = SOAP([x], lr=lr, betas=(b1, b2), eps=eps, precondition_every=2, engine=engine)
+    for t in range(6):
+        g = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+        x.grad = g
+        optimizer.step()
+        if t == 0:
+            L, R = g @ g.T, g.T @ g
+            QL, QR = (torch.linalg.eigh(S)[1].flip(-1) for S in (L, R))
+            continue
+        G = QL.T @ g @ QR
+        m, v = b1 * m + (1 - b1) * G, b2 * v + (1 - b2) * G**2
+        y -= lr * QL @ (m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps / (1 - b2**t) ** 0.5)) @ QR.T
+        L, R = b2 * L + (1 - b2) * g @ g.T, b2 * R + (1 - b2) * g.T @ g
+        if t % 2 == 0:
+            whole = QL @ m @ QR.T
+            QL, QR = (torch.linalg.eigh(S)[1].flip(-1) for S in (L, R))
+            m = QL.T @ whole @ QR
+    torch.testing.assert_close(x.detach(), y, rtol=1e-9, atol=1e-9)
 
 
 # Turns
