@@ -176,9 +176,13 @@ def test_a_rule_for_whole_tensors_sees_each_alone(engine):
         rule_of(rule, elementwise=False)([z], engine=engine).step()
 
 
-def test_groups_answer_for_their_own_gradients():
+@pytest.mark.parametrize("other", ["raise", "propagate"])
+@pytest.mark.parametrize("device", [False, True])
+def test_groups_answer_for_their_own_gradients(other, device, monkeypatch):
+    if device:  # where the host does not know what is finite
+        monkeypatch.setattr("guided_descent.core.known", lambda finite: True if finite is None else None)
     params = parameters(2)
-    optimizer = Heavy([{"params": params[:1], "nonfinite": "raise"}, {"params": params[1:], "nonfinite": "skip"}])
+    optimizer = Heavy([{"params": params[:1], "nonfinite": other}, {"params": params[1:], "nonfinite": "skip"}])
     gradients(params, 0)
     params[1].grad[0, 0] = float("nan")
     optimizer.step()
