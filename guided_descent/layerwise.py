@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 83fe4ea6
+# %% head de921c91
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -387,7 +387,7 @@ class LayerOptimizer(Optimizer):
         """Where statistics are kept."""
         return self.generator.device
 
-    # %% 23_machinery sec-layerwise 5 77a99b81
+    # %% 23_machinery sec-layerwise 5 38e271ca
     def _gather(self) -> None:
         """Before anything changes: what is refused, and the means over all processes."""
         if self._gathered:
@@ -401,10 +401,14 @@ class LayerOptimizer(Optimizer):
             for found in self.pending.values():
                 for name in found.keys() & self.quadratic:
                     found[name] = found[name] * size**2
+        blind = not self.pending
         self._average()
         for layer in capture.layers if capture.recording else ():
-            met = layer in self.pending or self._memory(layer)
-            if not met and layer.gradient() is not None:
+            # Reading from a device would wait for it, and be needless in a usual step.
+            look = blind or self.device.type == "cpu" or not self._memory(layer)
+            unmet = look and self.counts.get(layer, 0) == 0
+            g = layer.gradient() if unmet else None
+            if g is not None and g.any():
                 raise RuntimeError(
                     f"layer {layer.name!r} has a gradient, but {type(self).__name__} saw no "
                     "forward pass of it; call the model itself, as model(x), not compiled, "

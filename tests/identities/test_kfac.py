@@ -1465,6 +1465,44 @@ def test_bypassed_hooks_are_explained():
         optimizer.step()
 
 
+class Passed(nn.Sequential):
+    """It may call its first layer where no hook sees it, or not at all."""
+
+    way = "plain"
+
+    def forward(self, x):
+        first = self[0].forward if self.way == "unseen" else self[0]
+        x = torch.zeros(len(x), 4).to(x) if self.way == "unused" else first(x)
+        return self[2](self[1](x))
+
+
+@every_method
+def test_with_memory_too_it_is_noticed_that_a_layer_is_no_longer_seen(method):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    optimizer = build(method, model)
+    train(model, optimizer, range(2))
+    twin = net(5, 4, 3)
+    resumed = build(method, twin)
+    resumed.load_state_dict(optimizer.state_dict())
+    before = [p.detach().clone() for p in twin.parameters()]
+    with pytest.raises(RuntimeError, match=r"layer '0' has a gradient.*not compiled"):
+        train(torch.compile(twin, backend="eager"), resumed, range(1))
+    assert same([p.detach() for p in twin.parameters()], before)
+    model = Passed(*net(5, 4, 3))
+    optimizer = build(method, model)
+    train(model, optimizer, range(2))
+    optimizer.zero_grad(set_to_none=False)
+    model.way, (x, y) = "unused", data()
+    mse(model, x, y).backward()
+    optimizer.step()  # a layer whose gradient stayed zero was rightly not seen
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    model.way = "unseen"
+    with pytest.raises(RuntimeError, match=r"layer '0' has a gradient.*call the model itself"):
+        train(model, optimizer, range(1))
+
+
 def test_the_seed_and_the_step_decide_what_is_drawn():
     ends = []
     for seed, steps in ((0, 2), (0, 2), (1, 2), (0, 1)):
