@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head de921c91
+# %% head c658f16b
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -47,7 +47,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-# %% 23_machinery sec-layerwise 2 8b64f3d5
+# %% 23_machinery sec-layerwise 2 44237055
 class LayerOptimizer(Optimizer):
     """What KFAC, EKFAC and FOOF share: all but the preconditioner.
 
@@ -148,11 +148,6 @@ class LayerOptimizer(Optimizer):
         self._frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
         if params is None:
             params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            if not params:
-                raise ValueError(
-                    "model has no parameter that requires a gradient; unfreeze some with "
-                    "requires_grad_(True) before you build this"
-                )
         options.setdefault("nonfinite", "skip")
         defaults = {
             "lr": lr,
@@ -170,11 +165,13 @@ class LayerOptimizer(Optimizer):
             groups = [{"params": groups}]
         halves = [self._halves(group) for group in groups]
         own, rest = ([x for x in half if x["params"]] for half in zip(*halves, strict=True))
-        if not own:
+        if not any(p.requires_grad for group in own for _, p in group["params"]):
             raise ValueError(
                 f"{type(self).__name__} finds none of the given parameters in a layer of the "
-                "model that it covers; pass the model that is trained, with its own "
-                "parameters, and an elementwise method such as AdamW if it has no layers"
+                "model that it covers and requiring a gradient; pass the model that is "
+                "trained, with its own parameters; unfreeze them before with "
+                "requires_grad_(True); use an elementwise method such as AdamW if it has no "
+                "layers"
             )
         super().__init__([*own, *rest], defaults, **options)
         self._attach(process_group)
@@ -387,7 +384,7 @@ class LayerOptimizer(Optimizer):
         """Where statistics are kept."""
         return self.generator.device
 
-    # %% 23_machinery sec-layerwise 5 38e271ca
+    # %% 23_machinery sec-layerwise 5 7a77855a
     def _gather(self) -> None:
         """Before anything changes: what is refused, and the means over all processes."""
         if self._gathered:
@@ -415,12 +412,19 @@ class LayerOptimizer(Optimizer):
                     "with use_reentrant=False where it is checkpointed, and differentiate a "
                     "loss of its output"
                 )
-        ours = {id(p) for group in self.param_groups for p in group["params"]}
-        for name, p in self._frozen:
-            if p.requires_grad and p.grad is not None and id(p) not in ours:
+        stepped = {id(p) for layer in capture.layers for p in layer.parameters}
+        named = [*self._frozen]
+        for group in self.param_groups:
+            if "algorithm" in group:
+                stepped.update(map(id, group["params"]))
+            else:
+                named += zip(group["param_names"], group["params"], strict=True)
+        for name, p in named:
+            if p.requires_grad and p.grad is not None and id(p) not in stepped:
                 raise RuntimeError(
                     f"parameter {name!r} was frozen when {type(self).__name__} was built and "
-                    "has a gradient now; add it with add_param_group({'params': [p]})"
+                    "has a gradient now; build it anew or, if no group has the parameter yet, "
+                    "add it with add_param_group({'params': [p]})"
                 )
         self._gathered = True
 

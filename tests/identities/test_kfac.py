@@ -1302,25 +1302,32 @@ def test_where_no_layer_is_covered_it_is_an_error():
             build(method, nn.GRU(3, 3))
         for p in other.parameters():
             p.requires_grad_(False)
-        with pytest.raises(ValueError, match=r"no parameter that requires a gradient; unfreeze"):
+        with pytest.raises(ValueError, match="none of the given parameters .* unfreeze them"):
             build(method, other)
+        with pytest.raises(ValueError, match="none of the given parameters .* unfreeze them"):
+            build(method, other, params=other.parameters())
         for p in other.parameters():
             p.requires_grad_(True)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *other.modules()])
 
 
 @every_method
-def test_a_layer_unfrozen_later_is_named(method):
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("what", ["0", "0.weight"])
+def test_a_layer_unfrozen_later_is_named(method, listed, what):
     torch.manual_seed(0)
     model = net(5, 4, 3)
-    model[0].requires_grad_(False)
-    optimizer = build(method, model)
+    frozen = [p for name, p in model.named_parameters() if name.startswith(what)]
+    for p in frozen:
+        p.requires_grad_(False)
+    optimizer = build(method, model, params=model.parameters() if listed else None)
     train(model, optimizer, range(2))
-    model[0].requires_grad_(True)
+    for p in frozen:
+        p.requires_grad_(True)
     x, y = data()
     mse(model, x, y).backward()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="parameter '0.weight' was frozen .* add it with add_param_group"):
+    with pytest.raises(RuntimeError, match="parameter '0.weight' was frozen .*build it anew.* add_param_group"):
         optimizer.step()
     assert same([p.detach() for p in model.parameters()], before)
 
