@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4e423446
+# %% head 76f381da
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -142,13 +142,14 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 44119177
+# %% 08_kfac sec-kfac-bookkeeping 1 e9e7e121
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
     With A = mean of ``a aᵀ`` over a layer's inputs, G = mean of ``g gᵀ``
     over gradients by its outputs, for drawn targets, and ``lr_max`` the
-    largest ``lr`` so far::
+    largest ``lr`` of all steps so far (and what a scheduler calls
+    ``max_lr`` or ``initial_lr``: the largest to come)::
 
         u = (G ⊗ A + damping · I)⁻¹ ∇L        for each layer
         ν = min(1, √(kl_clip / (lr_max² ⟨u, ∇L⟩)))

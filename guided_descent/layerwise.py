@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c658f16b
+# %% head 97cf2030
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -47,13 +47,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-# %% 23_machinery sec-layerwise 2 44237055
+# %% 23_machinery sec-layerwise 2 6786594a
 class LayerOptimizer(Optimizer):
     """What KFAC, EKFAC and FOOF share: all but the preconditioner.
 
     Statistics arrive layer by layer from ``Capture``. With P a layer's preconditioner, g
     the gradient of the loss as a mean over rows of outputs, sums over all layers, and
-    ``lr_max`` the largest ``lr`` so far::
+    ``lr_max`` the largest ``lr`` so far, or ahead where a scheduler says it::
 
         u = P⁻¹ g,    ν = min(1, √(kl_clip / (lr_max² ⟨u, g⟩)))
         m ← momentum · m + ν u
@@ -204,7 +204,7 @@ class LayerOptimizer(Optimizer):
         """``P⁻¹ g`` for the gradient matrix of one layer."""
         raise TypeError(f"{type(self).__name__} has no preconditioner")
 
-    # %% 23_machinery sec-layerwise 3 48d0315e
+    # %% 23_machinery sec-layerwise 3 515f9bd1
     def _halves(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """A group in two: what a layer covers, and what ``algorithm`` steps."""
         params = group["params"]
@@ -233,8 +233,6 @@ class LayerOptimizer(Optimizer):
         for group in self._halves(param_group):
             if group["params"]:
                 super(LayerOptimizer, self).add_param_group(group)
-                made = self.param_groups[-1]
-                made["lr_max"] = _largest(made["lr"], 0.0)
         if "capture" in vars(self):
             for group in self._own:
                 group["steps"] = self._own[0]["steps"]
@@ -536,7 +534,7 @@ class LayerOptimizer(Optimizer):
                     "since its statistics are not finite; lower lr, or use nonfinite='skip'"
                 ) from error
 
-    # %% 23_machinery sec-layerwise 7 8763bf5f
+    # %% 23_machinery sec-layerwise 7 d5d26a8e
     def directions(self, work: Any, finite: Tensor | None) -> dict[Tensor, Tensor]:
         """Preconditioned gradients, clipped; and the next step is prepared."""
         self._gather()
@@ -558,9 +556,10 @@ class LayerOptimizer(Optimizer):
 
 
     def _clip(self, work: Any, updates: dict[Tensor, Tensor]) -> None:
-        """Shrink the whole step onto its limit, at the largest lr there has been."""
+        """Shrink the whole step onto its limit, at the largest lr: so far, or scheduled."""
         for group, _ in work:
-            group["lr_max"] = _largest(group["lr"], group["lr_max"])
+            peak = group.get("max_lr", group.get("initial_lr", 0.0))
+            group["lr_max"] = _largest(_largest(group["lr"], group["lr_max"]), peak)
         terms = [
             _number(group["lr_max"]) ** 2 * _dot(updates[p], p.grad) / self.factor
             for group, params in work

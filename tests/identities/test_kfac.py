@@ -1211,6 +1211,25 @@ def test_a_warmup_counts_from_the_rate_that_was_given():
     torch.testing.assert_close(ends[True], 0.1 * ends[False])
 
 
+@every_method
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize("given", [1.0, 0.004])
+def test_the_top_of_a_schedule_counts_and_not_a_rate_that_it_replaces(method, kind, given):
+    ends = {}
+    for way in ("fixed", "by hand", "one cycle"):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        lr = kind(0.1 if way == "fixed" else given)
+        optimizer = build(method, model, lr=lr, momentum=0.0, kl_clip=1e-6)
+        if way == "by hand":
+            optimizer.param_groups[0]["lr"] = kind(0.1)
+        if way == "one cycle":
+            torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9, cycle_momentum=False)
+        ends[way] = moved(optimizer, model)
+    torch.testing.assert_close(ends["by hand"], ends["fixed"])
+    torch.testing.assert_close(ends["one cycle"], ends["fixed"] / 25)
+
+
 # What is covered
 
 
