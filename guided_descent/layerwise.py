@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 97cf2030
+# %% head 81e9fba8
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -382,7 +382,7 @@ class LayerOptimizer(Optimizer):
         """Where statistics are kept."""
         return self.generator.device
 
-    # %% 23_machinery sec-layerwise 5 7a77855a
+    # %% 23_machinery sec-layerwise 5 8608f9ed
     def _gather(self) -> None:
         """Before anything changes: what is refused, and the means over all processes."""
         if self._gathered:
@@ -398,6 +398,8 @@ class LayerOptimizer(Optimizer):
                     found[name] = found[name] * size**2
         blind = not self.pending
         self._average()
+        if capture.weighing and capture.recording:
+            self._check_scale()
         for layer in capture.layers if capture.recording else ():
             # Reading from a device would wait for it, and be needless in a usual step.
             look = blind or self.device.type == "cpu" or not self._memory(layer)
@@ -439,16 +441,23 @@ class LayerOptimizer(Optimizer):
                 f"a mean over the one or the other does not show under likelihood={kind!r}; "
                 "pass reduction='mean' (over rows: tokens, pixels) or 'examples'"
             )
-        if self.capture.weighing and 0 < float(seen["weight"]) < math.inf:
-            if float(seen["weight"]) > 1.5 and not self._scaled:
-                raise ValueError(
-                    f"the loss is {float(seen['weight']):.3g} times the mean over the {rows} "
-                    "rows of outputs, or more; divide it by their number, or pass "
-                    "reduction='sum', 'examples' (a mean over examples of sums over their "
-                    "rows), or 'mean' if the factor is meant"
-                )
-            self.capture.weighing = False
         return float(rows) if self.reduction == "sum" else 1.0
+
+
+    def _check_scale(self) -> None:
+        """Once: is the user's loss, a mean over processes, the mean that it has to be?"""
+        seen = self.capture.seen
+        weight = float(seen["weight"])
+        if not 0 < weight < math.inf:
+            return
+        if weight > 1.5 and not self._scaled:
+            raise ValueError(
+                f"the loss is {weight:.3g} times the mean over the {seen['rows']} rows of "
+                "outputs, or more; divide it by their number, or pass reduction='sum', "
+                "'examples' (a mean over examples of sums over their rows), or 'mean' if the "
+                "factor is meant"
+            )
+        self.capture.weighing = False
 
 
     def _unit(self, counts: dict[str, Any]) -> int:
@@ -469,7 +478,10 @@ class LayerOptimizer(Optimizer):
 
 
     def _average(self) -> None:
-        """Replace statistics by their means over processes, weighted by examples."""
+        """Replace statistics by their means over processes, weighted by examples.
+
+        And the weight of the loss by its plain mean, as gradients are averaged.
+        """
         group = self.capture.process_group
         several = distributed.is_available() and distributed.is_initialized()
         if not several or distributed.get_world_size(group) == 1 or not self.capture.recording:
@@ -486,7 +498,8 @@ class LayerOptimizer(Optimizer):
                 "reduction='sum' is not supported on several processes; let the loss be a "
                 "mean over rows, and leave reduction= out"
             )
-        parts: list[Tensor] = []
+        weight = torch.as_tensor(self.capture.seen["weight"], device=self.device)
+        parts = [weight.view(1) / distributed.get_world_size(group)]
         for layer in self.capture.layers:
             seen, n = self.pending.get(layer, {}), float(self.counts.get(layer, 0))
             zero = torch.zeros((), dtype=wide(layer.parameters[0].dtype), device=self.device)
@@ -498,6 +511,7 @@ class LayerOptimizer(Optimizer):
         whole = torch.cat(parts)
         distributed.all_reduce(whole, group=group)
         pieces = iter(whole.split([len(x) for x in parts]))
+        self.capture.seen["weight"] = next(pieces).squeeze()
         self.pending, before = {}, self.pending
         for layer in self.capture.layers:
             n = next(pieces).squeeze()
