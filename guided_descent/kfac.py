@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 76f381da
+# %% head 009b02ae
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -312,7 +312,7 @@ class KFAC(LayerOptimizer):
         """Eigenvalues of the layer's block, in the factors' eigenbasis."""
         return torch.outer(m["G_values"], m["A_values"])
 
-    # %% 08_kfac sec-kfac-bookkeeping 3 8029c0a0
+    # %% 08_kfac sec-kfac-bookkeeping 3 05e57c9d
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         d_out, d_in = layer.shape
         if layer.kind == "scale":
@@ -351,6 +351,10 @@ class KFAC(LayerOptimizer):
             values, vectors = torch.linalg.eigh(factors)
             keep(memories, f"{side}_values", values.clamp(min=0))
             keep(memories, f"{side}_vectors", vectors)
+
+
+    def derived(self, side: str) -> set[str]:
+        return {f"{side}_inverse" if self.split else f"{side}_values"}
 
 
     def _shift(self, side: str, m: Memory, h: Names) -> Tensor:
@@ -509,7 +513,7 @@ class EKFAC(KFAC):
             **options,
         )
 
-    # %% 08_kfac sec-kfac-ekfac 3 8921076d
+    # %% 08_kfac sec-kfac-ekfac 3 95d3cac9
     def statistics(
         self, layer: Layer, a: Tensor, g: Tensor | None
     ) -> Memory:
@@ -537,6 +541,10 @@ class EKFAC(KFAC):
                     V = (m[f"{side}_vectors"].mT @ U).square()
                     s = V @ s if side == "G" else s @ V.mT
                 m["s"] = torch.where(m["count"] > 1, s, start)
+
+
+    def derived(self, side: str) -> set[str]:
+        return super(EKFAC, self).derived(side) | {"s"}
 
 
     def curvature(self, m: Memory) -> Tensor:
@@ -640,7 +648,7 @@ class FOOF(LayerOptimizer):
             **options,
         )
 
-    # %% 08_kfac sec-kfac-foof 2 999be4fe
+    # %% 08_kfac sec-kfac-foof 2 9f682975
     def refresh(
         self, side: str, memories: list[Memory], groups: list[Names]
     ) -> None:
@@ -651,6 +659,10 @@ class FOOF(LayerOptimizer):
         ]
         factors = torch.stack([m["A"] for m in memories])
         keep(memories, "A_inverse", inverses_(factors, torch.stack(shifts)))
+
+
+    def derived(self, side: str) -> set[str]:
+        return {f"{side}_inverse"}
 
 
     def precondition(self, m: Memory, g: Tensor, h: Names) -> Tensor:

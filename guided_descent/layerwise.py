@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 81e9fba8
+# %% head 949d75d8
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -47,7 +47,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-# %% 23_machinery sec-layerwise 2 6786594a
+# %% 23_machinery sec-layerwise 2 ba2fc477
 class LayerOptimizer(Optimizer):
     """What KFAC, EKFAC and FOOF share: all but the preconditioner.
 
@@ -198,6 +198,10 @@ class LayerOptimizer(Optimizer):
 
     def refresh(self, side: str, memories: list[Memory], groups: list[Names]) -> None:
         """Derive what a step needs from factors of one shape."""
+        raise TypeError(f"{type(self).__name__} derives nothing")
+
+    def derived(self, side: str) -> set[str]:
+        """Names of what ``refresh`` derives, and a step needs."""
         raise TypeError(f"{type(self).__name__} derives nothing")
 
     def precondition(self, memory: Memory, g: Tensor, h: Names) -> Tensor:
@@ -524,14 +528,16 @@ class LayerOptimizer(Optimizer):
             if layer in before or self._memory(layer) or n > 0:  # seldom read to the host
                 self.pending[layer], self.counts[layer] = mean, n
 
-    # %% 23_machinery sec-layerwise 6 fca49155
+    # %% 23_machinery sec-layerwise 6 f1c91651
     def _refresh(self) -> None:
         """Renew the factors that are due, those of one shape together."""
         every, now = self.inverse_update_every, self._own[0]["steps"]
         batches = defaultdict(list)
         for (side, layer), turn in zip(self.units, self.turns, strict=True):
             memory = self._memory(layer)
-            fresh = not any(name.startswith(f"{side}_") for name in memory)
+            fresh = not self.derived(side) <= memory.keys()
+            for name in [x for x in memory if fresh and x.startswith(f"{side}_")]:
+                del memory[name]  # of other settings, in a checkpoint
             if side in memory and (fresh or now < 3 or now % every == turn):
                 alone = layer if self._group(layer)["engine"] == "loop" else None
                 factor = memory[side]

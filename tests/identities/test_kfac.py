@@ -428,6 +428,35 @@ def test_stop_save_load_go_on_is_the_run_that_never_stopped(method, dtype):
     assert same(train(model, optimizer, range(5, 12), dtype), expected)
 
 
+PI = {"damping_split": "pi"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((KFAC, PI), (KFAC, {})), ((KFAC, {}), (KFAC, PI)), ((KFAC, {}), (EKFAC, {})), ((KFAC, PI), (EKFAC, {}))],
+    ids=["pi-exact", "exact-pi", "exact-EKFAC", "pi-EKFAC"],
+)
+def test_a_checkpoint_of_other_settings_goes_on_from_its_factors(before, after):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    (method, options), (other, changed) = before, after
+    optimizer = build(method, model, **options)
+    train(model, optimizer, range(5))
+    resumed = build(other, model, **changed)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(model, resumed, range(5, 6))
+    memory = resumed._memory(resumed.capture.layers[0])
+    needed = {"A_inverse", "G_inverse"} if changed else {"A_values", "A_vectors", "G_values", "G_vectors"}
+    assert {name for name in memory if "_" in name} == needed
+    for side, shift in zip("AG", damping_shifts(memory["A"], memory["G"], 0.03), strict=True):
+        if changed:
+            expected = torch.linalg.inv(memory[side] + shift * eye(memory[side]))
+            torch.testing.assert_close(memory[f"{side}_inverse"], expected)
+        else:
+            V = memory[f"{side}_vectors"]
+            torch.testing.assert_close(V @ memory[f"{side}_values"].diag() @ V.T, memory[side])
+
+
 @every_method
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deep", "pickle"])
 def test_a_copy_goes_on_as_the_original_and_apart_from_it(method, duplicate):
