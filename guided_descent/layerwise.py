@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 949d75d8
+# %% head baaad03f
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -328,10 +328,12 @@ class LayerOptimizer(Optimizer):
         seed = (2654435761 * seed + 1640531527 * rank + t) % 2**32
         self.generator.manual_seed(seed)
 
-    # %% 23_machinery sec-layerwise 4 b5211f5c
+    # %% 23_machinery sec-layerwise 4 944fd85d
     @torch.no_grad()
     def observe(self, layer: Layer, a: Tensor, g: Tensor | None) -> None:
         """Take in inputs and output gradients of some examples."""
+        if why := self._changed(layer):
+            raise ValueError(why)
         with full_precision(a.device):
             means = self.statistics(layer, a, g)
         # Curvature is that of a mean over rows (or examples). The user's own gradients are
@@ -375,6 +377,15 @@ class LayerOptimizer(Optimizer):
         """What is remembered of a layer; empty before its first step."""
         slots = self.state.get(layer.parameters[0], {}).get("layers", {})
         return slots.get(self.slots[layer], {})
+
+
+    def _changed(self, layer: Layer) -> str:
+        """Why a layer is no longer the one that is watched, with the remedy; or nothing."""
+        now = [tuple(p.shape) for p in layer.parameters]
+        return "" if now == layer.sizes else (
+            f"layer {layer.name!r} had parameters of shape {layer.sizes} when "
+            f"{type(self).__name__} was built, and has {now} now; build it anew"
+        )
 
 
     def _group(self, layer: Layer) -> dict[str, Any]:
@@ -636,7 +647,7 @@ class LayerOptimizer(Optimizer):
                 x = x.diagonal() if name in self.sides and x.ndim == 2 else x
                 yield self._group(layer), f"statistic {name} of layer {layer.name!r}", x
 
-    # %% 23_machinery sec-layerwise 9 c1a7cc14
+    # %% 23_machinery sec-layerwise 9 d0d78e4c
     def _forget_passes(self) -> None:
         self.pending, self.counts, self._gathered = {}, {}, False
         self.capture.clear()
@@ -671,8 +682,12 @@ class LayerOptimizer(Optimizer):
 
     def misfit(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str:
         """Also whether statistics fit the layers."""
+        layers = self.capture.layers if "capture" in vars(self) else ()
+        for layer in layers:
+            if any(q is p for q in layer.parameters) and (why := self._changed(layer)):
+                return why
         why = super(LayerOptimizer, self).misfit(p, state, group)
-        for layer in self.capture.layers if not why and "capture" in vars(self) else ():
+        for layer in layers if not why else ():
             if layer.parameters[0] is not p:
                 continue
             sizes = {"count": (), **self.shapes(layer)}

@@ -1432,6 +1432,36 @@ def test_a_checkpoint_of_other_shapes_is_refused_by_name(method):
             assert torch.equal(after[key]["layers"]["0"][name], x)
 
 
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.double()
+
+    def forward(self, i):
+        return self.head(self.embed(i).tanh())
+
+
+@every_method
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("name", ["embed", "head"])
+def test_a_layer_that_has_grown_is_named_with_the_remedy(method, momentum, seen, name):
+    torch.manual_seed(0)
+    model, i = Words(), torch.randint(7, (20,))
+    optimizer = build(method, model, momentum=momentum, factor_update_every=1 if seen else 9)
+    mean_square(model(i)).backward()
+    optimizer.step()
+    weight = getattr(model, name).weight
+    weight.data = torch.cat([weight.data, torch.zeros(2, 4)])
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match=rf"layer '{name}' had parameters of shape \[\(7, 4\)\].* build it anew"):
+        mean_square(model(i + 2 * (name == "embed"))).backward()
+        optimizer.step()
+    assert same([p.detach() for p in model.parameters()], before)
+
+
 def test_the_past_has_the_weight_of_stat_decay_in_the_long_run():
     torch.manual_seed(0)
     model, expected, decay = net(5, 4, 3), None, 0.7
