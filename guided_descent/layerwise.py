@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head baaad03f
+# %% head 0370e73f
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -328,7 +328,7 @@ class LayerOptimizer(Optimizer):
         seed = (2654435761 * seed + 1640531527 * rank + t) % 2**32
         self.generator.manual_seed(seed)
 
-    # %% 23_machinery sec-layerwise 4 944fd85d
+    # %% 23_machinery sec-layerwise 4 1d36023d
     @torch.no_grad()
     def observe(self, layer: Layer, a: Tensor, g: Tensor | None) -> None:
         """Take in inputs and output gradients of some examples."""
@@ -358,10 +358,11 @@ class LayerOptimizer(Optimizer):
             if not seen:
                 continue
             first = layer.parameters[0]
-            memory = self.state[first].setdefault("layers", {}).setdefault(
-                self.slots[layer], {}
-            )
+            slots = self.state[first].setdefault("layers", {})
+            slots.setdefault(self.slots[layer], {})
+            memory = self._memory(layer)
             for name, mean in seen.items():
+                mean = seen[name] = mean.to(wide(first.dtype))
                 if name not in memory:
                     memory.setdefault("count", mean.new_zeros(()))
                     memory[name] = torch.zeros_like(mean)
@@ -375,8 +376,12 @@ class LayerOptimizer(Optimizer):
 
     def _memory(self, layer: Layer) -> Memory:
         """What is remembered of a layer; empty before its first step."""
-        slots = self.state.get(layer.parameters[0], {}).get("layers", {})
-        return slots.get(self.slots[layer], {})
+        first = layer.parameters[0]
+        slots = self.state.get(first, {}).get("layers", {})
+        memory = slots.get(self.slots[layer], {})
+        for name, x in memory.items():  # the model may have been moved to another type
+            memory[name] = x.to(wide(first.dtype))
+        return memory
 
 
     def _changed(self, layer: Layer) -> str:

@@ -775,6 +775,27 @@ def test_sixteen_bit_parameters_have_factors_of_32(method, dtype):
     assert all(torch.equal(again[name], memory[name]) for name in memory)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(KFAC, {"damping_split": "pi"}), *((m, {}) for m in METHODS)],
+    ids=["KFAC-pi", "KFAC", "EKFAC", "FOOF"],
+)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float16)], ids=str)
+def test_a_model_may_change_its_type_between_steps(method, options, dtypes):
+    ends = []
+    for first, then in ((torch.float64, torch.float64), dtypes):
+        torch.manual_seed(0)
+        model = net(5, 4, 3, dtype=first)
+        optimizer = build(method, model, **options)
+        train(model, optimizer, range(2), first)
+        model.to(then)
+        ends.append(train(model, optimizer, range(2, 4), then))
+    assert optimizer._memory(optimizer.capture.layers[0])["count"] == 4
+    for a, b in zip(*ends, strict=True):
+        error = 1e-4 if then == torch.float64 else 3e-2
+        torch.testing.assert_close(a, b.double(), rtol=error, atol=error)
+
+
 @every_method
 def test_autocast_leaves_factors_in_single_precision(method):
     torch.manual_seed(0)
