@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 009b02ae
+# %% head 91deb396
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -142,7 +142,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 e9e7e121
+# %% 08_kfac sec-kfac-bookkeeping 1 53f51c49
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -213,7 +213,7 @@ class KFAC(LayerOptimizer):
             Default ``None``: where the gradient of the loss sums to zero;
             under other likelihoods the last.
         grad_scaler: The ``torch.amp.GradScaler`` in use; needed under
-            ``"empirical"`` alone.
+            ``"empirical"``, and for ``reduction`` to be checked.
         process_group: The processes that average gradients, and so
             statistics. Default: those of ``DistributedDataParallel``.
         params: Parameters or groups, with their own ``lr``, ``momentum``,

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 0370e73f
+# %% head 795a947b
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -47,7 +47,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-# %% 23_machinery sec-layerwise 2 ba2fc477
+# %% 23_machinery sec-layerwise 2 3e654603
 class LayerOptimizer(Optimizer):
     """What KFAC, EKFAC and FOOF share: all but the preconditioner.
 
@@ -73,7 +73,7 @@ class LayerOptimizer(Optimizer):
         factor_update_every: Steps between two updates of the statistics.
         inverse_update_every: Steps between two inversions of a factor.
         reduction: What the loss is divided by; see ``KFAC``.
-        grad_scaler: What multiplies the loss, for ``fisher="empirical"``.
+        grad_scaler: What multiplies the loss.
         process_group: The processes that average gradients; see ``KFAC``.
         seed: Of the drawn targets.
         params: Parameters or groups; those of the model by default.
@@ -402,7 +402,7 @@ class LayerOptimizer(Optimizer):
         """Where statistics are kept."""
         return self.generator.device
 
-    # %% 23_machinery sec-layerwise 5 8608f9ed
+    # %% 23_machinery sec-layerwise 5 efbf402c
     def _gather(self) -> None:
         """Before anything changes: what is refused, and the means over all processes."""
         if self._gathered:
@@ -410,9 +410,7 @@ class LayerOptimizer(Optimizer):
         capture = self.capture
         self.factor = self._loss_factor()
         if capture.fisher == "empirical":
-            size = self._unit(capture.seen) / self.factor
-            if self.grad_scaler is not None:
-                size = size / self.grad_scaler.scale(torch.ones((), device=self.device))
+            size = self._unit(capture.seen) / self.factor / self._amplified()
             for found in self.pending.values():
                 for name in found.keys() & self.quadratic:
                     found[name] = found[name] * size**2
@@ -467,10 +465,16 @@ class LayerOptimizer(Optimizer):
     def _check_scale(self) -> None:
         """Once: is the user's loss, a mean over processes, the mean that it has to be?"""
         seen = self.capture.seen
-        weight = float(seen["weight"])
+        weight = float(seen["weight"] / self._amplified())
         if not 0 < weight < math.inf:
             return
-        if weight > 1.5 and not self._scaled:
+        if self._scaled and self.grad_scaler is None:
+            warnings.warn(
+                "the loss comes scaled by a GradScaler, so whether it is a mean goes "
+                "unchecked; pass grad_scaler=, or reduction=",
+                stacklevel=2,
+            )
+        elif weight > 1.5:
             raise ValueError(
                 f"the loss is {weight:.3g} times the mean over the {seen['rows']} rows of "
                 "outputs, or more; divide it by their number, or pass reduction='sum', "
@@ -478,6 +482,12 @@ class LayerOptimizer(Optimizer):
                 "factor is meant"
             )
         self.capture.weighing = False
+
+
+    def _amplified(self) -> float | Tensor:
+        """What the loss of the backward pass was multiplied by."""
+        one = torch.ones((), device=self.device)
+        return 1.0 if self.grad_scaler is None else self.grad_scaler.scale(one)
 
 
     def _unit(self, counts: dict[str, Any]) -> int:

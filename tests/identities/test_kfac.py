@@ -5,6 +5,7 @@ import inspect
 import io
 import math
 import pickle
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -1108,6 +1109,33 @@ def test_the_empirical_fisher_asks_for_the_scaler():
     scaler.scale(mse(model, x, y)).backward()
     with pytest.raises(ValueError, match="pass grad_scaler="):
         scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_summed_loss_is_noticed_behind_the_scaler(unscale, reduction, known):
+    (x, y), model, scaler = tokens(), Tokens(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = KFAC(model, grad_scaler=scaler if known else None)
+
+    def step():
+        optimizer.zero_grad()
+        scaler.scale(cross_entropy(model, x, y, reduction=reduction)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    if known and reduction == "sum":
+        with pytest.raises(ValueError, match="the loss is 160 times the mean over the 160 rows"):
+            step()
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+        step()
+    found = [str(w.message) for w in caught]
+    assert len(found) == (not known) and all("unchecked; pass grad_scaler=" in message for message in found)
 
 
 def squared(z, y):
