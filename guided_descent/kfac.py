@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4e423446
+# %% head 91deb396
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -142,13 +142,14 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 44119177
+# %% 08_kfac sec-kfac-bookkeeping 1 53f51c49
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
     With A = mean of ``a aᵀ`` over a layer's inputs, G = mean of ``g gᵀ``
     over gradients by its outputs, for drawn targets, and ``lr_max`` the
-    largest ``lr`` so far::
+    largest ``lr`` of all steps so far (and what a scheduler calls
+    ``max_lr`` or ``initial_lr``: the largest to come)::
 
         u = (G ⊗ A + damping · I)⁻¹ ∇L        for each layer
         ν = min(1, √(kl_clip / (lr_max² ⟨u, ∇L⟩)))
@@ -212,7 +213,7 @@ class KFAC(LayerOptimizer):
             Default ``None``: where the gradient of the loss sums to zero;
             under other likelihoods the last.
         grad_scaler: The ``torch.amp.GradScaler`` in use; needed under
-            ``"empirical"`` alone.
+            ``"empirical"``, and for ``reduction`` to be checked.
         process_group: The processes that average gradients, and so
             statistics. Default: those of ``DistributedDataParallel``.
         params: Parameters or groups, with their own ``lr``, ``momentum``,
@@ -311,7 +312,7 @@ class KFAC(LayerOptimizer):
         """Eigenvalues of the layer's block, in the factors' eigenbasis."""
         return torch.outer(m["G_values"], m["A_values"])
 
-    # %% 08_kfac sec-kfac-bookkeeping 3 8029c0a0
+    # %% 08_kfac sec-kfac-bookkeeping 3 05e57c9d
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         d_out, d_in = layer.shape
         if layer.kind == "scale":
@@ -350,6 +351,10 @@ class KFAC(LayerOptimizer):
             values, vectors = torch.linalg.eigh(factors)
             keep(memories, f"{side}_values", values.clamp(min=0))
             keep(memories, f"{side}_vectors", vectors)
+
+
+    def derived(self, side: str) -> set[str]:
+        return {f"{side}_inverse" if self.split else f"{side}_values"}
 
 
     def _shift(self, side: str, m: Memory, h: Names) -> Tensor:
@@ -508,7 +513,7 @@ class EKFAC(KFAC):
             **options,
         )
 
-    # %% 08_kfac sec-kfac-ekfac 3 8921076d
+    # %% 08_kfac sec-kfac-ekfac 3 95d3cac9
     def statistics(
         self, layer: Layer, a: Tensor, g: Tensor | None
     ) -> Memory:
@@ -536,6 +541,10 @@ class EKFAC(KFAC):
                     V = (m[f"{side}_vectors"].mT @ U).square()
                     s = V @ s if side == "G" else s @ V.mT
                 m["s"] = torch.where(m["count"] > 1, s, start)
+
+
+    def derived(self, side: str) -> set[str]:
+        return super(EKFAC, self).derived(side) | {"s"}
 
 
     def curvature(self, m: Memory) -> Tensor:
@@ -639,7 +648,7 @@ class FOOF(LayerOptimizer):
             **options,
         )
 
-    # %% 08_kfac sec-kfac-foof 2 999be4fe
+    # %% 08_kfac sec-kfac-foof 2 9f682975
     def refresh(
         self, side: str, memories: list[Memory], groups: list[Names]
     ) -> None:
@@ -650,6 +659,10 @@ class FOOF(LayerOptimizer):
         ]
         factors = torch.stack([m["A"] for m in memories])
         keep(memories, "A_inverse", inverses_(factors, torch.stack(shifts)))
+
+
+    def derived(self, side: str) -> set[str]:
+        return {f"{side}_inverse"}
 
 
     def precondition(self, m: Memory, g: Tensor, h: Names) -> Tensor:

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 7ad07615
+# %% head 4486839e
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 
-# %% 23_machinery sec-capture 2 0846ce67
+# %% 23_machinery sec-capture 2 2a33f205
 class Layer:
     """One matrix of parameters: a weight, and its bias as one more column.
 
@@ -38,6 +38,7 @@ class Layer:
         transposed: Whether the matrix is the weight's transpose, as in an embedding.
         shape: (d_out, d_in), the bias counted in d_in. For ``"scale"`` one row for each
             feature and one column for each of weight and bias.
+        sizes: The shapes that its parameters had when it was found.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Layer:
     ) -> None:
         self.name, self.kind, self.weight, self.bias = name, kind, weight, bias
         self.transposed, self._rows, self._bias_rows = transposed, rows, bias_rows
+        self.sizes = [tuple(p.shape) for p in self.parameters]
         columns = [self._columns(p, p.detach()) for p in self.parameters]
         self.shape: tuple[int, int] = len(columns[0]), sum(x.shape[1] for x in columns)
 

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 83fe4ea6
+# %% head 795a947b
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -47,13 +47,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-# %% 23_machinery sec-layerwise 2 8b64f3d5
+# %% 23_machinery sec-layerwise 2 3e654603
 class LayerOptimizer(Optimizer):
     """What KFAC, EKFAC and FOOF share: all but the preconditioner.
 
     Statistics arrive layer by layer from ``Capture``. With P a layer's preconditioner, g
     the gradient of the loss as a mean over rows of outputs, sums over all layers, and
-    ``lr_max`` the largest ``lr`` so far::
+    ``lr_max`` the largest ``lr`` so far, or ahead where a scheduler says it::
 
         u = P⁻¹ g,    ν = min(1, √(kl_clip / (lr_max² ⟨u, g⟩)))
         m ← momentum · m + ν u
@@ -73,7 +73,7 @@ class LayerOptimizer(Optimizer):
         factor_update_every: Steps between two updates of the statistics.
         inverse_update_every: Steps between two inversions of a factor.
         reduction: What the loss is divided by; see ``KFAC``.
-        grad_scaler: What multiplies the loss, for ``fisher="empirical"``.
+        grad_scaler: What multiplies the loss.
         process_group: The processes that average gradients; see ``KFAC``.
         seed: Of the drawn targets.
         params: Parameters or groups; those of the model by default.
@@ -148,11 +148,6 @@ class LayerOptimizer(Optimizer):
         self._frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
         if params is None:
             params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            if not params:
-                raise ValueError(
-                    "model has no parameter that requires a gradient; unfreeze some with "
-                    "requires_grad_(True) before you build this"
-                )
         options.setdefault("nonfinite", "skip")
         defaults = {
             "lr": lr,
@@ -170,11 +165,13 @@ class LayerOptimizer(Optimizer):
             groups = [{"params": groups}]
         halves = [self._halves(group) for group in groups]
         own, rest = ([x for x in half if x["params"]] for half in zip(*halves, strict=True))
-        if not own:
+        if not any(p.requires_grad for group in own for _, p in group["params"]):
             raise ValueError(
                 f"{type(self).__name__} finds none of the given parameters in a layer of the "
-                "model that it covers; pass the model that is trained, with its own "
-                "parameters, and an elementwise method such as AdamW if it has no layers"
+                "model that it covers and requiring a gradient; pass the model that is "
+                "trained, with its own parameters; unfreeze them before with "
+                "requires_grad_(True); use an elementwise method such as AdamW if it has no "
+                "layers"
             )
         super().__init__([*own, *rest], defaults, **options)
         self._attach(process_group)
@@ -203,11 +200,15 @@ class LayerOptimizer(Optimizer):
         """Derive what a step needs from factors of one shape."""
         raise TypeError(f"{type(self).__name__} derives nothing")
 
+    def derived(self, side: str) -> set[str]:
+        """Names of what ``refresh`` derives, and a step needs."""
+        raise TypeError(f"{type(self).__name__} derives nothing")
+
     def precondition(self, memory: Memory, g: Tensor, h: Names) -> Tensor:
         """``P⁻¹ g`` for the gradient matrix of one layer."""
         raise TypeError(f"{type(self).__name__} has no preconditioner")
 
-    # %% 23_machinery sec-layerwise 3 48d0315e
+    # %% 23_machinery sec-layerwise 3 515f9bd1
     def _halves(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """A group in two: what a layer covers, and what ``algorithm`` steps."""
         params = group["params"]
@@ -236,8 +237,6 @@ class LayerOptimizer(Optimizer):
         for group in self._halves(param_group):
             if group["params"]:
                 super(LayerOptimizer, self).add_param_group(group)
-                made = self.param_groups[-1]
-                made["lr_max"] = _largest(made["lr"], 0.0)
         if "capture" in vars(self):
             for group in self._own:
                 group["steps"] = self._own[0]["steps"]
@@ -329,10 +328,12 @@ class LayerOptimizer(Optimizer):
         seed = (2654435761 * seed + 1640531527 * rank + t) % 2**32
         self.generator.manual_seed(seed)
 
-    # %% 23_machinery sec-layerwise 4 b5211f5c
+    # %% 23_machinery sec-layerwise 4 1d36023d
     @torch.no_grad()
     def observe(self, layer: Layer, a: Tensor, g: Tensor | None) -> None:
         """Take in inputs and output gradients of some examples."""
+        if why := self._changed(layer):
+            raise ValueError(why)
         with full_precision(a.device):
             means = self.statistics(layer, a, g)
         # Curvature is that of a mean over rows (or examples). The user's own gradients are
@@ -357,10 +358,11 @@ class LayerOptimizer(Optimizer):
             if not seen:
                 continue
             first = layer.parameters[0]
-            memory = self.state[first].setdefault("layers", {}).setdefault(
-                self.slots[layer], {}
-            )
+            slots = self.state[first].setdefault("layers", {})
+            slots.setdefault(self.slots[layer], {})
+            memory = self._memory(layer)
             for name, mean in seen.items():
+                mean = seen[name] = mean.to(wide(first.dtype))
                 if name not in memory:
                     memory.setdefault("count", mean.new_zeros(()))
                     memory[name] = torch.zeros_like(mean)
@@ -374,8 +376,21 @@ class LayerOptimizer(Optimizer):
 
     def _memory(self, layer: Layer) -> Memory:
         """What is remembered of a layer; empty before its first step."""
-        slots = self.state.get(layer.parameters[0], {}).get("layers", {})
-        return slots.get(self.slots[layer], {})
+        first = layer.parameters[0]
+        slots = self.state.get(first, {}).get("layers", {})
+        memory = slots.get(self.slots[layer], {})
+        for name, x in memory.items():  # the model may have been moved to another type
+            memory[name] = x.to(wide(first.dtype))
+        return memory
+
+
+    def _changed(self, layer: Layer) -> str:
+        """Why a layer is no longer the one that is watched, with the remedy; or nothing."""
+        now = [tuple(p.shape) for p in layer.parameters]
+        return "" if now == layer.sizes else (
+            f"layer {layer.name!r} had parameters of shape {layer.sizes} when "
+            f"{type(self).__name__} was built, and has {now} now; build it anew"
+        )
 
 
     def _group(self, layer: Layer) -> dict[str, Any]:
@@ -387,7 +402,7 @@ class LayerOptimizer(Optimizer):
         """Where statistics are kept."""
         return self.generator.device
 
-    # %% 23_machinery sec-layerwise 5 77a99b81
+    # %% 23_machinery sec-layerwise 5 efbf402c
     def _gather(self) -> None:
         """Before anything changes: what is refused, and the means over all processes."""
         if self._gathered:
@@ -395,28 +410,39 @@ class LayerOptimizer(Optimizer):
         capture = self.capture
         self.factor = self._loss_factor()
         if capture.fisher == "empirical":
-            size = self._unit(capture.seen) / self.factor
-            if self.grad_scaler is not None:
-                size = size / self.grad_scaler.scale(torch.ones((), device=self.device))
+            size = self._unit(capture.seen) / self.factor / self._amplified()
             for found in self.pending.values():
                 for name in found.keys() & self.quadratic:
                     found[name] = found[name] * size**2
+        blind = not self.pending
         self._average()
+        if capture.weighing and capture.recording:
+            self._check_scale()
         for layer in capture.layers if capture.recording else ():
-            met = layer in self.pending or self._memory(layer)
-            if not met and layer.gradient() is not None:
+            # Reading from a device would wait for it, and be needless in a usual step.
+            look = blind or self.device.type == "cpu" or not self._memory(layer)
+            unmet = look and self.counts.get(layer, 0) == 0
+            g = layer.gradient() if unmet else None
+            if g is not None and g.any():
                 raise RuntimeError(
                     f"layer {layer.name!r} has a gradient, but {type(self).__name__} saw no "
                     "forward pass of it; call the model itself, as model(x), not compiled, "
                     "with use_reentrant=False where it is checkpointed, and differentiate a "
                     "loss of its output"
                 )
-        ours = {id(p) for group in self.param_groups for p in group["params"]}
-        for name, p in self._frozen:
-            if p.requires_grad and p.grad is not None and id(p) not in ours:
+        stepped = {id(p) for layer in capture.layers for p in layer.parameters}
+        named = [*self._frozen]
+        for group in self.param_groups:
+            if "algorithm" in group:
+                stepped.update(map(id, group["params"]))
+            else:
+                named += zip(group["param_names"], group["params"], strict=True)
+        for name, p in named:
+            if p.requires_grad and p.grad is not None and id(p) not in stepped:
                 raise RuntimeError(
                     f"parameter {name!r} was frozen when {type(self).__name__} was built and "
-                    "has a gradient now; add it with add_param_group({'params': [p]})"
+                    "has a gradient now; build it anew or, if no group has the parameter yet, "
+                    "add it with add_param_group({'params': [p]})"
                 )
         self._gathered = True
 
@@ -433,16 +459,35 @@ class LayerOptimizer(Optimizer):
                 f"a mean over the one or the other does not show under likelihood={kind!r}; "
                 "pass reduction='mean' (over rows: tokens, pixels) or 'examples'"
             )
-        if self.capture.weighing and 0 < float(seen["weight"]) < math.inf:
-            if float(seen["weight"]) > 1.5 and not self._scaled:
-                raise ValueError(
-                    f"the loss is {float(seen['weight']):.3g} times the mean over the {rows} "
-                    "rows of outputs, or more; divide it by their number, or pass "
-                    "reduction='sum', 'examples' (a mean over examples of sums over their "
-                    "rows), or 'mean' if the factor is meant"
-                )
-            self.capture.weighing = False
         return float(rows) if self.reduction == "sum" else 1.0
+
+
+    def _check_scale(self) -> None:
+        """Once: is the user's loss, a mean over processes, the mean that it has to be?"""
+        seen = self.capture.seen
+        weight = float(seen["weight"] / self._amplified())
+        if not 0 < weight < math.inf:
+            return
+        if self._scaled and self.grad_scaler is None:
+            warnings.warn(
+                "the loss comes scaled by a GradScaler, so whether it is a mean goes "
+                "unchecked; pass grad_scaler=, or reduction=",
+                stacklevel=2,
+            )
+        elif weight > 1.5:
+            raise ValueError(
+                f"the loss is {weight:.3g} times the mean over the {seen['rows']} rows of "
+                "outputs, or more; divide it by their number, or pass reduction='sum', "
+                "'examples' (a mean over examples of sums over their rows), or 'mean' if the "
+                "factor is meant"
+            )
+        self.capture.weighing = False
+
+
+    def _amplified(self) -> float | Tensor:
+        """What the loss of the backward pass was multiplied by."""
+        one = torch.ones((), device=self.device)
+        return 1.0 if self.grad_scaler is None else self.grad_scaler.scale(one)
 
 
     def _unit(self, counts: dict[str, Any]) -> int:
@@ -463,7 +508,10 @@ class LayerOptimizer(Optimizer):
 
 
     def _average(self) -> None:
-        """Replace statistics by their means over processes, weighted by examples."""
+        """Replace statistics by their means over processes, weighted by examples.
+
+        And the weight of the loss by its plain mean, as gradients are averaged.
+        """
         group = self.capture.process_group
         several = distributed.is_available() and distributed.is_initialized()
         if not several or distributed.get_world_size(group) == 1 or not self.capture.recording:
@@ -480,7 +528,8 @@ class LayerOptimizer(Optimizer):
                 "reduction='sum' is not supported on several processes; let the loss be a "
                 "mean over rows, and leave reduction= out"
             )
-        parts: list[Tensor] = []
+        weight = torch.as_tensor(self.capture.seen["weight"], device=self.device)
+        parts = [weight.view(1) / distributed.get_world_size(group)]
         for layer in self.capture.layers:
             seen, n = self.pending.get(layer, {}), float(self.counts.get(layer, 0))
             zero = torch.zeros((), dtype=wide(layer.parameters[0].dtype), device=self.device)
@@ -492,6 +541,7 @@ class LayerOptimizer(Optimizer):
         whole = torch.cat(parts)
         distributed.all_reduce(whole, group=group)
         pieces = iter(whole.split([len(x) for x in parts]))
+        self.capture.seen["weight"] = next(pieces).squeeze()
         self.pending, before = {}, self.pending
         for layer in self.capture.layers:
             n = next(pieces).squeeze()
@@ -504,14 +554,16 @@ class LayerOptimizer(Optimizer):
             if layer in before or self._memory(layer) or n > 0:  # seldom read to the host
                 self.pending[layer], self.counts[layer] = mean, n
 
-    # %% 23_machinery sec-layerwise 6 fca49155
+    # %% 23_machinery sec-layerwise 6 f1c91651
     def _refresh(self) -> None:
         """Renew the factors that are due, those of one shape together."""
         every, now = self.inverse_update_every, self._own[0]["steps"]
         batches = defaultdict(list)
         for (side, layer), turn in zip(self.units, self.turns, strict=True):
             memory = self._memory(layer)
-            fresh = not any(name.startswith(f"{side}_") for name in memory)
+            fresh = not self.derived(side) <= memory.keys()
+            for name in [x for x in memory if fresh and x.startswith(f"{side}_")]:
+                del memory[name]  # of other settings, in a checkpoint
             if side in memory and (fresh or now < 3 or now % every == turn):
                 alone = layer if self._group(layer)["engine"] == "loop" else None
                 factor = memory[side]
@@ -528,7 +580,7 @@ class LayerOptimizer(Optimizer):
                     "since its statistics are not finite; lower lr, or use nonfinite='skip'"
                 ) from error
 
-    # %% 23_machinery sec-layerwise 7 8763bf5f
+    # %% 23_machinery sec-layerwise 7 d5d26a8e
     def directions(self, work: Any, finite: Tensor | None) -> dict[Tensor, Tensor]:
         """Preconditioned gradients, clipped; and the next step is prepared."""
         self._gather()
@@ -550,9 +602,10 @@ class LayerOptimizer(Optimizer):
 
 
     def _clip(self, work: Any, updates: dict[Tensor, Tensor]) -> None:
-        """Shrink the whole step onto its limit, at the largest lr there has been."""
+        """Shrink the whole step onto its limit, at the largest lr: so far, or scheduled."""
         for group, _ in work:
-            group["lr_max"] = _largest(group["lr"], group["lr_max"])
+            peak = group.get("max_lr", group.get("initial_lr", 0.0))
+            group["lr_max"] = _largest(_largest(group["lr"], group["lr_max"]), peak)
         terms = [
             _number(group["lr_max"]) ** 2 * _dot(updates[p], p.grad) / self.factor
             for group, params in work
@@ -609,7 +662,7 @@ class LayerOptimizer(Optimizer):
                 x = x.diagonal() if name in self.sides and x.ndim == 2 else x
                 yield self._group(layer), f"statistic {name} of layer {layer.name!r}", x
 
-    # %% 23_machinery sec-layerwise 9 c1a7cc14
+    # %% 23_machinery sec-layerwise 9 d0d78e4c
     def _forget_passes(self) -> None:
         self.pending, self.counts, self._gathered = {}, {}, False
         self.capture.clear()
@@ -644,8 +697,12 @@ class LayerOptimizer(Optimizer):
 
     def misfit(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str:
         """Also whether statistics fit the layers."""
+        layers = self.capture.layers if "capture" in vars(self) else ()
+        for layer in layers:
+            if any(q is p for q in layer.parameters) and (why := self._changed(layer)):
+                return why
         why = super(LayerOptimizer, self).misfit(p, state, group)
-        for layer in self.capture.layers if not why and "capture" in vars(self) else ():
+        for layer in layers if not why else ():
             if layer.parameters[0] is not p:
                 continue
             sizes = {"count": (), **self.shapes(layer)}

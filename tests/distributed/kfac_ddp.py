@@ -116,6 +116,7 @@ def main():
         train(ddp, optimizer, even, 2)
         assert spread(model) == 0 and not torch.equal(flat(model), before)
     draws()
+    tokens()
     refusals()
     distributed.destroy_process_group()
 
@@ -138,6 +139,25 @@ def draws():
     first = seen[0].clone()
     distributed.broadcast(first, 0)
     assert distributed.get_rank() == 0 or not torch.equal(first, seen[0])
+
+
+def tokens():
+    """The scale of a loss is that of its mean over processes, whose shares may differ."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    i, y = batch(0)
+    y[4 : len(y) // 2] = -100  # the first process has few targets
+    rows = slice(12 * rank, 12 * rank + 12)
+    for times in (1, 3):
+        model = Net()
+        ddp = DistributedDataParallel(model)
+        optimizer, before = KFAC(ddp), flat(model)
+        total = nn.functional.cross_entropy(ddp(i[rows]), y[rows], reduction="sum")
+        (times * total * world / (y >= 0).sum()).backward()
+        if times == 3:
+            refused(optimizer.step, "the loss is 3 times the mean over the 12 rows")
+        else:
+            optimizer.step()
+        assert torch.equal(flat(model), before) == (times == 3)
 
 
 def refusals():

@@ -5,6 +5,7 @@ import inspect
 import io
 import math
 import pickle
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -428,6 +429,35 @@ def test_stop_save_load_go_on_is_the_run_that_never_stopped(method, dtype):
     assert same(train(model, optimizer, range(5, 12), dtype), expected)
 
 
+PI = {"damping_split": "pi"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((KFAC, PI), (KFAC, {})), ((KFAC, {}), (KFAC, PI)), ((KFAC, {}), (EKFAC, {})), ((KFAC, PI), (EKFAC, {}))],
+    ids=["pi-exact", "exact-pi", "exact-EKFAC", "pi-EKFAC"],
+)
+def test_a_checkpoint_of_other_settings_goes_on_from_its_factors(before, after):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    (method, options), (other, changed) = before, after
+    optimizer = build(method, model, **options)
+    train(model, optimizer, range(5))
+    resumed = build(other, model, **changed)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(model, resumed, range(5, 6))
+    memory = resumed._memory(resumed.capture.layers[0])
+    needed = {"A_inverse", "G_inverse"} if changed else {"A_values", "A_vectors", "G_values", "G_vectors"}
+    assert {name for name in memory if "_" in name} == needed
+    for side, shift in zip("AG", damping_shifts(memory["A"], memory["G"], 0.03), strict=True):
+        if changed:
+            expected = torch.linalg.inv(memory[side] + shift * eye(memory[side]))
+            torch.testing.assert_close(memory[f"{side}_inverse"], expected)
+        else:
+            V = memory[f"{side}_vectors"]
+            torch.testing.assert_close(V @ memory[f"{side}_values"].diag() @ V.T, memory[side])
+
+
 @every_method
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deep", "pickle"])
 def test_a_copy_goes_on_as_the_original_and_apart_from_it(method, duplicate):
@@ -746,6 +776,28 @@ def test_sixteen_bit_parameters_have_factors_of_32(method, dtype):
     assert all(torch.equal(again[name], memory[name]) for name in memory)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(KFAC, {"damping_split": "pi"}), *((m, {}) for m in METHODS)],
+    ids=["KFAC-pi", "KFAC", "EKFAC", "FOOF"],
+)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float16)], ids=str)
+def test_a_model_may_change_its_type_between_steps(method, options, dtypes):
+    exact = {} if method is FOOF else {"fisher": "type-2"}
+    ends = []
+    for first, then in ((torch.float64, torch.float64), dtypes):
+        torch.manual_seed(0)
+        model = net(5, 4, 3, dtype=first)
+        optimizer = build(method, model, **options, **exact)
+        train(model, optimizer, range(2), first)
+        model.to(then)
+        ends.append(train(model, optimizer, range(2, 4), then))
+    assert optimizer._memory(optimizer.capture.layers[0])["count"] == 4
+    for a, b in zip(*ends, strict=True):
+        error = 1e-4 if then == torch.float64 else 3e-2
+        torch.testing.assert_close(a, b.double(), rtol=error, atol=error)
+
+
 @every_method
 def test_autocast_leaves_factors_in_single_precision(method):
     torch.manual_seed(0)
@@ -1059,6 +1111,33 @@ def test_the_empirical_fisher_asks_for_the_scaler():
         scaler.step(optimizer)
 
 
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_summed_loss_is_noticed_behind_the_scaler(unscale, reduction, known):
+    (x, y), model, scaler = tokens(), Tokens(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = KFAC(model, grad_scaler=scaler if known else None)
+
+    def step():
+        optimizer.zero_grad()
+        scaler.scale(cross_entropy(model, x, y, reduction=reduction)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    if known and reduction == "sum":
+        with pytest.raises(ValueError, match="the loss is 160 times the mean over the 160 rows"):
+            step()
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+        step()
+    found = [str(w.message) for w in caught]
+    assert len(found) == (not known) and all("unchecked; pass grad_scaler=" in message for message in found)
+
+
 def squared(z, y):
     return (z - nn.functional.one_hot(y, 5)).square().mean()
 
@@ -1211,6 +1290,25 @@ def test_a_warmup_counts_from_the_rate_that_was_given():
     torch.testing.assert_close(ends[True], 0.1 * ends[False])
 
 
+@every_method
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize("given", [1.0, 0.004])
+def test_the_top_of_a_schedule_counts_and_not_a_rate_that_it_replaces(method, kind, given):
+    ends = {}
+    for way in ("fixed", "by hand", "one cycle"):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        lr = kind(0.1 if way == "fixed" else given)
+        optimizer = build(method, model, lr=lr, momentum=0.0, kl_clip=1e-6)
+        if way == "by hand":
+            optimizer.param_groups[0]["lr"] = kind(0.1)
+        if way == "one cycle":
+            torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9, cycle_momentum=False)
+        ends[way] = moved(optimizer, model)
+    torch.testing.assert_close(ends["by hand"], ends["fixed"])
+    torch.testing.assert_close(ends["one cycle"], ends["fixed"] / 25)
+
+
 # What is covered
 
 
@@ -1302,25 +1400,32 @@ def test_where_no_layer_is_covered_it_is_an_error():
             build(method, nn.GRU(3, 3))
         for p in other.parameters():
             p.requires_grad_(False)
-        with pytest.raises(ValueError, match=r"no parameter that requires a gradient; unfreeze"):
+        with pytest.raises(ValueError, match="none of the given parameters .* unfreeze them"):
             build(method, other)
+        with pytest.raises(ValueError, match="none of the given parameters .* unfreeze them"):
+            build(method, other, params=other.parameters())
         for p in other.parameters():
             p.requires_grad_(True)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *other.modules()])
 
 
 @every_method
-def test_a_layer_unfrozen_later_is_named(method):
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("what", ["0", "0.weight"])
+def test_a_layer_unfrozen_later_is_named(method, listed, what):
     torch.manual_seed(0)
     model = net(5, 4, 3)
-    model[0].requires_grad_(False)
-    optimizer = build(method, model)
+    frozen = [p for name, p in model.named_parameters() if name.startswith(what)]
+    for p in frozen:
+        p.requires_grad_(False)
+    optimizer = build(method, model, params=model.parameters() if listed else None)
     train(model, optimizer, range(2))
-    model[0].requires_grad_(True)
+    for p in frozen:
+        p.requires_grad_(True)
     x, y = data()
     mse(model, x, y).backward()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="parameter '0.weight' was frozen .* add it with add_param_group"):
+    with pytest.raises(RuntimeError, match="parameter '0.weight' was frozen .*build it anew.* add_param_group"):
         optimizer.step()
     assert same([p.detach() for p in model.parameters()], before)
 
@@ -1375,6 +1480,36 @@ def test_a_checkpoint_of_other_shapes_is_refused_by_name(method):
     for key, state in before.items():
         for name, x in state["layers"]["0"].items():
             assert torch.equal(after[key]["layers"]["0"][name], x)
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.double()
+
+    def forward(self, i):
+        return self.head(self.embed(i).tanh())
+
+
+@every_method
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("name", ["embed", "head"])
+def test_a_layer_that_has_grown_is_named_with_the_remedy(method, momentum, seen, name):
+    torch.manual_seed(0)
+    model, i = Words(), torch.randint(7, (20,))
+    optimizer = build(method, model, momentum=momentum, factor_update_every=1 if seen else 9)
+    mean_square(model(i)).backward()
+    optimizer.step()
+    weight = getattr(model, name).weight
+    weight.data = torch.cat([weight.data, torch.zeros(2, 4)])
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match=rf"layer '{name}' had parameters of shape \[\(7, 4\)\].* build it anew"):
+        mean_square(model(i + 2 * (name == "embed"))).backward()
+        optimizer.step()
+    assert same([p.detach() for p in model.parameters()], before)
 
 
 def test_the_past_has_the_weight_of_stat_decay_in_the_long_run():
@@ -1463,6 +1598,44 @@ def test_bypassed_hooks_are_explained():
     mse(torch.compile(model, backend="eager"), x.detach(), y).backward()
     with pytest.raises(RuntimeError, match=r"not compiled"):
         optimizer.step()
+
+
+class Passed(nn.Sequential):
+    """It may call its first layer where no hook sees it, or not at all."""
+
+    way = "plain"
+
+    def forward(self, x):
+        first = self[0].forward if self.way == "unseen" else self[0]
+        x = torch.zeros(len(x), 4).to(x) if self.way == "unused" else first(x)
+        return self[2](self[1](x))
+
+
+@every_method
+def test_with_memory_too_it_is_noticed_that_a_layer_is_no_longer_seen(method):
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    optimizer = build(method, model)
+    train(model, optimizer, range(2))
+    twin = net(5, 4, 3)
+    resumed = build(method, twin)
+    resumed.load_state_dict(optimizer.state_dict())
+    before = [p.detach().clone() for p in twin.parameters()]
+    with pytest.raises(RuntimeError, match=r"layer '0' has a gradient.*not compiled"):
+        train(torch.compile(twin, backend="eager"), resumed, range(1))
+    assert same([p.detach() for p in twin.parameters()], before)
+    model = Passed(*net(5, 4, 3))
+    optimizer = build(method, model)
+    train(model, optimizer, range(2))
+    optimizer.zero_grad(set_to_none=False)
+    model.way, (x, y) = "unused", data()
+    mse(model, x, y).backward()
+    optimizer.step()  # a layer whose gradient stayed zero was rightly not seen
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    model.way = "unseen"
+    with pytest.raises(RuntimeError, match=r"layer '0' has a gradient.*call the model itself"):
+        train(model, optimizer, range(1))
 
 
 def test_the_seed_and_the_step_decide_what_is_drawn():
