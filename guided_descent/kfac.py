@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4e423446
+# %% head 05d1f810
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -428,7 +428,7 @@ def eigenvalue_correction(
     return s / N
 
 
-# %% 08_kfac sec-kfac-ekfac 2 463c3ac6
+# %% 08_kfac sec-kfac-ekfac 2 60d53377
 class EKFAC(KFAC):
     """EKFAC: K-FAC's eigenvectors with the best eigenvalues for them.
 
@@ -440,11 +440,13 @@ class EKFAC(KFAC):
     and from there on as ``KFAC``.
 
     Args:
-        model, lr, momentum, damping, fisher, likelihood, reduction, samples,
-            sharing, relative_damping, stat_decay, factor_update_every,
-            inverse_update_every, kl_clip, weight_decay, algorithm, seed,
-            output, class_dim, grad_scaler, process_group, params: As for
-            ``KFAC``. The basis is at hand, so damping is always exact.
+        model, lr, momentum: As for ``KFAC``.
+        damping: As for ``KFAC``; always exact, as the basis is at hand.
+        fisher, likelihood, reduction, samples, sharing: As for ``KFAC``.
+        relative_damping, stat_decay, factor_update_every: As for ``KFAC``.
+        inverse_update_every, kl_clip, weight_decay: As for ``KFAC``.
+        algorithm, seed, output, class_dim, grad_scaler: As for ``KFAC``.
+        process_group, params: As for ``KFAC``.
         **options: As for ``KFAC``.
 
     Raises:
@@ -565,7 +567,7 @@ def _correct_words(
     return s.index_add_(1, indices.flatten(), squares) / len(indices)
 
 
-# %% 08_kfac sec-kfac-foof 1 b048d679
+# %% 08_kfac sec-kfac-foof 1 24b5cf46
 class FOOF(LayerOptimizer):
     """FOOF: gradient descent on a layer's outputs, by ridge regression.
 
@@ -578,13 +580,16 @@ class FOOF(LayerOptimizer):
     not be a likelihood, and its scale counts, as in gradient descent.
 
     Args:
-        model, lr, momentum, damping, sharing, relative_damping, stat_decay,
-            factor_update_every, inverse_update_every, kl_clip, weight_decay,
-            algorithm, process_group, params: As for ``KFAC``; ``damping`` is
-            positive. Norm layers have no input factor: ``algorithm`` steps
-            them.
+        model, lr, momentum: As for ``KFAC``.
+        damping: As for ``KFAC``, but positive.
         likelihood: Taken so that methods can be exchanged; without effect.
+        sharing, relative_damping, stat_decay: As for ``KFAC``.
+        factor_update_every, inverse_update_every: As for ``KFAC``.
+        kl_clip, weight_decay: As for ``KFAC``.
+        algorithm: As for ``KFAC``; it steps norm layers too, which have no
+            input factor.
         output: As for ``KFAC``: only the number of examples is read there.
+        process_group, params: As for ``KFAC``.
         **options: As for ``KFAC``.
 
     Raises:
