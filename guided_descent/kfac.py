@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 05d1f810
+# %% head e375a3b1
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -98,7 +98,7 @@ def _summed(x: Tensor, axis: int) -> Tensor:
     return whole * (whole.norm() > error)
 
 
-# %% 08_kfac sec-kfac-damping 1 3a28abb1
+# %% 08_kfac sec-kfac-damping 1 9b44780b
 def rotate(V: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
     """``leftᵀ V right``; ``right = None`` stands for the identity."""
     V = left.mT @ V
@@ -111,7 +111,9 @@ def divide(V: Tensor, curvature: Tensor, damping: float | Tensor) -> Tensor:
     Without damping, what has no curvature (down to round-off) stays put.
     """
     total = curvature + damping
-    floor = curvature.amax() * torch.finfo(total.dtype).eps
+    # eigh leaves zero eigenvalues at some roundings of the largest
+    eps = torch.finfo(total.dtype).eps * sum(curvature.shape)
+    floor = curvature.amax() * eps
     known = total > floor * (total == curvature)
     return torch.where(known, V / total, 0)
 

@@ -1475,3 +1475,22 @@ def test_the_seed_and_the_step_decide_what_is_drawn():
         ends.append(optimizer._memory(optimizer.capture.layers[0])["G"])
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2]) and not torch.equal(ends[0], ends[3])
+
+
+# Found by a mathematician's reading
+
+
+@pytest.mark.parametrize("method", [KFAC, EKFAC])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_an_undamped_step_of_few_examples_is_the_pseudo_inverses(method, dtype, tol):
+    """Twenty examples leave 180 of 200 eigenvalues zero, which eigh returns as roundings."""
+    torch.manual_seed(0)
+    layer, (x, y) = nn.Linear(200, 10, bias=False, dtype=dtype), data(20, 200, 10, dtype)
+    start = layer.weight.detach().clone()
+    method = build(method, layer, lr=1.0, momentum=0.0, damping=0.0, kl_clip=math.inf, fisher="type-2")
+    mse(layer, x, y).backward()
+    A, g = x.double().T @ x.double() / 20, layer.weight.grad.double()
+    method.step()
+    wanted = g @ torch.linalg.pinv(A, hermitian=True, rtol=1e-10)
+    error = (start - layer.weight.detach()).double() - wanted
+    assert error.norm() < tol * wanted.norm()
