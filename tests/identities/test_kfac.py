@@ -26,6 +26,7 @@ from guided_descent.kfac import (
     kronecker_factors,
 )
 from guided_descent.layerwise import full_precision
+from guided_descent.likelihoods import check_no_classes, class_axis
 
 METHODS = [KFAC, EKFAC, FOOF]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
@@ -1494,3 +1495,65 @@ def test_an_undamped_step_of_few_examples_is_the_pseudo_inverses(method, dtype, 
     wanted = g @ torch.linalg.pinv(A, hermitian=True, rtol=1e-10)
     error = (start - layer.weight.detach()).double() - wanted
     assert error.norm() < tol * wanted.norm()
+
+
+@pytest.mark.parametrize("classes", [10, 128, 784])
+def test_a_squared_error_of_many_outputs_is_no_cross_entropy(classes):
+    """Its signs cancel: the sum over outputs is about 1/√C of the whole."""
+    torch.manual_seed(0)
+    z, y = torch.randn(64, classes), torch.randn(64, classes)
+    with pytest.raises(ValueError, match="does not fit the loss"):
+        class_axis(z, z - y)
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = z.to(dtype, copy=True).requires_grad_()
+        nn.functional.cross_entropy(leaf, y.argmax(1)).backward()
+        assert class_axis(leaf.detach(), leaf.grad) == 1
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_labels_that_balance_over_places_leave_the_classes_evident(classes):
+    torch.manual_seed(0)
+    z = (0.1 * torch.randn(8, classes, 1026)).requires_grad_()
+    y = torch.stack([torch.randperm(1026) % classes for _ in range(8)])
+    nn.functional.cross_entropy(z, y).backward()
+    assert z.grad.sum(2).abs().sum() < 0.1 * z.grad.abs().sum()
+    assert class_axis(z.detach(), z.grad) == 1
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
+def test_the_check_is_not_lost_where_float16_overflows(likelihood):
+    """As under a GradScaler: the sum over all gradients is beyond 65504."""
+    torch.manual_seed(0)
+    z, y = torch.randn(64, 10, 4).half().requires_grad_(), torch.randint(10, (64, 4))
+    (65536 * nn.functional.cross_entropy(z.float(), y)).backward()
+    assert z.grad.isfinite().all() and z.grad.abs().sum() == math.inf
+    capture = Capture(net(5, 3), consume=lambda *_: None, likelihood=likelihood)
+    if likelihood == "categorical":
+        capture.examine(z.detach(), z.grad)
+        assert capture._axes == {3: 1}
+    else:
+        with pytest.raises(ValueError, match="does not fit the loss"):
+            capture.examine(z.detach(), z.grad)
+
+
+def test_the_empirical_fisher_of_a_scaled_float16_loss_is_finite():
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 3).half(), torch.randn(64, 5).half()
+    y, ce = torch.arange(64) % 3, nn.functional.cross_entropy
+    ((_, g),) = pairs(model, x, "empirical", "categorical", lambda z: 2**17 * ce(z.float(), y))
+    assert g.isfinite().all() and g.abs().amax() > 65504
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_small_heads_are_not_taken_for_classes(dtype):
+    """Exclusive events, and centred targets: with outputs near zero the gradient's sum is, too."""
+    torch.manual_seed(0)
+    z = (1e-4 * torch.randn(64, 2)).to(dtype)
+    y = torch.eye(2, dtype=dtype)[torch.randint(2, (64,))]
+    check_no_classes("bernoulli", z, z.sigmoid() - y)
+    y = torch.randn(64, 2).to(dtype)
+    check_no_classes("gaussian", z, z - torch.stack([y[:, 0], -y[:, 0]], 1))
+    z = torch.randn(64, 2).to(dtype)
+    for likelihood in ("bernoulli", "gaussian"):
+        with pytest.raises(ValueError, match="as a cross-entropy's does"):
+            check_no_classes(likelihood, z, z.softmax(1) - torch.eye(2, dtype=dtype)[torch.arange(64) % 2])
