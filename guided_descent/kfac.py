@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e375a3b1
+# %% head 8b0dd368
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -313,7 +313,7 @@ class KFAC(LayerOptimizer):
         """Eigenvalues of the layer's block, in the factors' eigenbasis."""
         return torch.outer(m["G_values"], m["A_values"])
 
-    # %% 08_kfac sec-kfac-bookkeeping 3 8029c0a0
+    # %% 08_kfac sec-kfac-bookkeeping 3 37d7a7b1
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         d_out, d_in = layer.shape
         if layer.kind == "scale":
@@ -332,9 +332,12 @@ class KFAC(LayerOptimizer):
             squares = torch.stack(columns, -1).square().sum(0)
             return {"F": squares.mean(0)}
         if layer.kind == "embedding":
-            g = _summed(g, 2) if self.sharing == "reduce" else g
             return {"A": _frequencies(layer, a), "G": gram(g, weight=1 / g.shape[1])}
         A, G = kronecker_factors(a, g, self.sharing)
+        if self.relative_damping and self.sharing == "reduce":
+            some = (A.trace() > 0) & (G.trace() > 0)
+            pairs = zip((A, G), kronecker_factors(a, g), strict=True)
+            A, G = (torch.where(some, x, y) for x, y in pairs)
         return {"A": A, "G": G}
 
 

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 83fe4ea6
+# %% head f6f3910f
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -207,7 +207,7 @@ class LayerOptimizer(Optimizer):
         """``P⁻¹ g`` for the gradient matrix of one layer."""
         raise TypeError(f"{type(self).__name__} has no preconditioner")
 
-    # %% 23_machinery sec-layerwise 3 48d0315e
+    # %% 23_machinery sec-layerwise 3 c9977dd1
     def _halves(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """A group in two: what a layer covers, and what ``algorithm`` steps."""
         params = group["params"]
@@ -324,7 +324,12 @@ class LayerOptimizer(Optimizer):
         seed, t = (self._own[0][name] for name in ("seed", "steps"))
         several = distributed.is_available() and distributed.is_initialized()
         rank = distributed.get_rank() if several else 0
-        self.capture.recording = t % self.factor_update_every == 0
+        new = any(
+            p.grad is not None and not self._memory(layer)
+            for layer in self.capture.layers
+            for p in layer.parameters
+        )
+        self.capture.recording = new or t % self.factor_update_every == 0
         # A generator on the CPU looks at 32 bits; the factors keep what is drawn apart.
         seed = (2654435761 * seed + 1640531527 * rank + t) % 2**32
         self.generator.manual_seed(seed)
@@ -568,15 +573,19 @@ class LayerOptimizer(Optimizer):
                 if p in updates:
                     updates[p].mul_(nu.to(p.device, updates[p].dtype))
 
-    # %% 23_machinery sec-layerwise 8 37e1b1b1
+    # %% 23_machinery sec-layerwise 8 ba923e0b
     def _update(self, layer: Layer, updates: dict[Tensor, Tensor]) -> None:
         """Write the update of a layer into tensors like its parameters."""
         memory, g = self._memory(layer), layer.gradient()
-        if g is None or not memory:
+        if g is None:
             return
         g = g.to(wide(g.dtype))
         g = g if self.factor == 1 else g / self.factor
-        u = self.precondition(memory, g, Names(**self._group(layer)))
+        if memory:
+            u = self.precondition(memory, g, Names(**self._group(layer)))
+            u = u * (memory["count"] > 0)
+        else:  # it stands still until there are statistics
+            u = torch.zeros_like(g)
         for p, rows, piece in layer.pieces(u):
             if p.grad is not None and piece.shape == p.shape:
                 updates[p] = piece

@@ -1421,7 +1421,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("split", ["exact", "pi"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_keys_have_no_reduced_factor_and_stay_under_relative_damping(split, autocast):
+def test_keys_have_no_reduced_factor_and_move_all_the_same(split, autocast):
     steps = {}
     for sharing in ("expand", "reduce"):
         torch.manual_seed(0)
@@ -1437,10 +1437,13 @@ def test_keys_have_no_reduced_factor_and_stay_under_relative_damping(split, auto
             optimizer.step()
             change = (model.attention.in_proj_weight.detach() - before).abs()
             steps.setdefault(sharing, []).append([float(part.amax()) for part in change.split(16)])
-        G = optimizer._memory(keys)["G"]
-        assert G.eq(0).all() == (sharing == "reduce")
-    for q, k, v in steps["reduce"]:
-        assert 0 < q < 3 and k == 0 and 0 < v < 3
+        assert optimizer._memory(keys)["G"].trace() > 0  # that of "expand" under both
+        optimizer.relative_damping = False
+        a, g = torch.randn(8, 7, 17), torch.randn(1, 8, 7, 16)
+        found = optimizer.statistics(keys, a, g - g.mean(2, keepdim=True))
+        assert found["G"].eq(0).all() == (sharing == "reduce")
+    for moves in steps["reduce"]:
+        assert all(0 < move < 3 for move in moves)
 
 
 def test_bypassed_hooks_are_explained():
@@ -1557,3 +1560,56 @@ def test_small_heads_are_not_taken_for_classes(dtype):
     for likelihood in ("bernoulli", "gaussian"):
         with pytest.raises(ValueError, match="as a cross-entropy's does"):
             check_no_classes(likelihood, z, z.softmax(1) - torch.eye(2, dtype=dtype)[torch.arange(64) % 2])
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(40, 3, dtype=torch.float64)
+
+    def forward(self, i):
+        return self.table(i).mean(1).tanh()
+
+
+@pytest.mark.parametrize("method", [KFAC, EKFAC])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_the_curvature_of_distinct_words_has_the_true_trace(method, sharing):
+    """An example's gradient has one column for each of its words, so their squares add up."""
+    torch.manual_seed(0)
+    model, i = Words(), torch.stack([torch.randperm(40)[:8] for _ in range(16)])
+    y = torch.randn(16, 3, dtype=torch.float64)
+    optimizer = build(method, model, sharing=sharing, fisher="type-2", lr=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        mse(model, i, y).backward()
+        optimizer.step()
+    slope = (1 - model(i).detach().square()) / 8  # of an output by each of the 8 words
+    wanted = 8 * slope.square().sum(1).mean()
+    memory = optimizer._memory(optimizer.capture.layers[0])
+    torch.testing.assert_close(optimizer.curvature(memory).sum(), wanted)
+    torch.testing.assert_close(memory["A"].sum() * memory["G"].trace(), wanted)
+
+
+@every_method
+def test_a_layer_without_statistics_stands_still(method, flags):
+    """Not: descends, unclipped. On the host its next gradient brings statistics."""
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    model[0].requires_grad_(False)
+    optimizer = build(method, model, momentum=0.0, factor_update_every=4)
+    start, moved = [p.detach().clone() for p in model.parameters()], []
+    for t in range(8):
+        x, y = data(key=t)
+        if t == 6:
+            optimizer.add_param_group({"params": list(model[0].requires_grad_().parameters())})
+        optimizer.zero_grad()
+        mse(model, x * (math.nan if t == 0 else 1), y).backward()
+        optimizer.step()
+        now = [p.detach().clone() for p in model.parameters()]
+        moved.append([not torch.equal(a, b) for a, b in zip(start, now, strict=True)])
+        start = now
+    first, second = [m[0] for m in moved], [m[2] for m in moved]
+    assert first == [False] * 7 + [True]
+    assert second in ([False] * 4 + [True] * 4, [False] + [True] * 7)
+    counts = [int(optimizer._memory(layer)["count"]) for layer in optimizer.capture.layers]
+    assert counts == [1, 2 + second[1]]
