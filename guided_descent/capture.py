@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head fdbc93cc
+# %% head 3573667f
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -295,7 +295,7 @@ class _RootTap(torch.autograd.Function):
         return g, None, None
 
 
-# %% 23_machinery sec-capture 9 f6119774
+# %% 23_machinery sec-capture 9 62462175
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """What a model returned, a function applied to each tensor; containers are copied."""
     if isinstance(output, Tensor):
@@ -352,7 +352,8 @@ class Capture:
         fisher: Whose gradients. ``"mc"``: of targets drawn from the model's own output.
             ``"type-2"``: one for each number of an example's output; outer products sum to
             the exact Gauss–Newton matrix. ``"empirical"``: the user's own, times the number
-            of examples. ``"none"``: no gradients, only inputs.
+            of examples; outputs (N, C) are then not held against the likelihood.
+            ``"none"``: no gradients, only inputs.
         likelihood: What the output means: logits of one choice (``"categorical"``), a mean
             with unit variance (``"gaussian"``: the loss is half the squared distance),
             logits of separate events (``"bernoulli"``). Losses of one example add up over
@@ -667,4 +668,12 @@ class _Late:
         if self.output is not None and capture.model not in _SAMPLING:
             self.output = None
             if output.ndim not in capture._axes:
+                used = capture._axis(output)
                 capture.examine(output, g)
+                if (axis := capture._axes.get(output.ndim, used)) != used:
+                    del capture._axes[output.ndim]
+                    raise ValueError(
+                        f"the classes lie on axis {axis} of the outputs of shape "
+                        f"{tuple(output.shape)}, which shows too late where the model "
+                        f"computes its own loss; pass class_dim={axis}"
+                    )

@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 8b0dd368
+# %% head bbbb0423
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -144,7 +144,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 44119177
+# %% 08_kfac sec-kfac-bookkeeping 1 d8a720bb
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -176,7 +176,8 @@ class KFAC(LayerOptimizer):
         damping: λ, in units of curvature, in [0, ∞); under
             ``relative_damping`` in units of the layer's mean curvature.
             Default 0.03. Zero needs ``damping_split="exact"``.
-        fisher: ``"mc"`` (default), ``"type-2"`` or ``"empirical"``.
+        fisher: ``"mc"`` (default), ``"type-2"`` or ``"empirical"`` (which does
+            not hold outputs (N, C) against the likelihood).
         likelihood: ``"categorical"`` (default), ``"gaussian"``,
             ``"bernoulli"`` or a callable; see ``Capture``. The user's loss
             is held against it in the first backward pass. A multiple of the
@@ -365,7 +366,7 @@ class KFAC(LayerOptimizer):
         return damping_shifts(m["A"], m["G"], lam)[0 if side == "A" else 1]
 
 
-# %% 08_kfac sec-kfac-bookkeeping 4 275c84af
+# %% 08_kfac sec-kfac-bookkeeping 4 1079d651
 def keep(memories: list[Memory], name: str, results: Any) -> None:
     """Remember each layer's own part, apart from the batch."""
     for m, x in zip(memories, results, strict=True):
@@ -388,8 +389,8 @@ def _frequencies(layer: Layer, indices: Tensor) -> Tensor:
 def inverses_(factors: Tensor, shifts: Tensor) -> list[Tensor] | Tensor:
     """Inverses of factors, or of diagonals, after shifting them in place.
 
-    A shift that would be lost in round-off is raised to it. The inverse of
-    nothing is nothing.
+    Each shift of a matrix is increased by ``8 · eps · trace``, lest it be lost
+    in round-off. The inverse of nothing is nothing.
     """
     if factors.ndim == 2:
         shifted = factors + shifts[:, None]
@@ -572,7 +573,7 @@ def _correct_words(
     return s.index_add_(1, indices.flatten(), squares) / len(indices)
 
 
-# %% 08_kfac sec-kfac-foof 1 24b5cf46
+# %% 08_kfac sec-kfac-foof 1 fb30b94a
 class FOOF(LayerOptimizer):
     """FOOF: gradient descent on a layer's outputs, by ridge regression.
 
@@ -581,8 +582,8 @@ class FOOF(LayerOptimizer):
         u = ∇L (A + damping · I)⁻¹
 
     and from there on as ``KFAC``; ``kl_clip`` then limits
-    ``η² ⟨u, ∇L⟩``, the squared change of the layers' outputs. The loss need
-    not be a likelihood, and its scale counts, as in gradient descent.
+    ``η² ⟨u, ∇L⟩``, at least the squared change of the layers' outputs. The
+    loss need not be a likelihood, and its scale counts, as in gradient descent.
 
     Args:
         model, lr, momentum: As for ``KFAC``.

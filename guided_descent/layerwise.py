@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f6f3910f
+# %% head 0da4947d
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -334,7 +334,7 @@ class LayerOptimizer(Optimizer):
         seed = (2654435761 * seed + 1640531527 * rank + t) % 2**32
         self.generator.manual_seed(seed)
 
-    # %% 23_machinery sec-layerwise 4 b5211f5c
+    # %% 23_machinery sec-layerwise 4 747a1601
     @torch.no_grad()
     def observe(self, layer: Layer, a: Tensor, g: Tensor | None) -> None:
         """Take in inputs and output gradients of some examples."""
@@ -346,10 +346,10 @@ class LayerOptimizer(Optimizer):
         scale = N / unit / (N**2 if self.capture.fisher == "empirical" else 1)
         for name in means.keys() & self.quadratic if scale != 1 else ():
             means[name] = means[name] * scale
-        self.counts[layer] = self.counts.get(layer, 0) + len(a)
+        self.counts[layer] = self.counts.get(layer, 0) + N
         seen = self.pending.setdefault(layer, means)
         for name, mean in means.items() if seen is not means else ():
-            seen[name].lerp_(mean, len(a) / self.counts[layer])
+            seen[name].lerp_(mean, N / self.counts[layer])
 
 
     def _remember(self, finite: Tensor | None) -> None:

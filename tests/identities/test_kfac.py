@@ -389,7 +389,7 @@ def test_eigenvalues_are_kfacs_first_and_then_the_mean_of_the_corrections():
 @every_method
 def test_accumulation_is_the_whole_batch(method):
     ends = []
-    for parts in (1, 4):
+    for parts in (24, [17, 7]):
         torch.manual_seed(0)
         model = net(5, 4, 3)
         options = {} if method is FOOF else {"fisher": "type-2"}
@@ -397,8 +397,8 @@ def test_accumulation_is_the_whole_batch(method):
         for t in range(4):
             x, y = data(key=t)
             optimizer.zero_grad()
-            for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
-                (mse(model, xs, ys) / parts).backward()
+            for xs, ys in zip(x.split(parts), y.split(parts), strict=True):
+                (mse(model, xs, ys) * len(xs) / len(x)).backward()
             optimizer.step()
         ends.append([p.detach() for p in model.parameters()])
     for a, b in zip(*ends, strict=True):
@@ -1613,3 +1613,106 @@ def test_a_layer_without_statistics_stands_still(method, flags):
     assert second in ([False] * 4 + [True] * 4, [False] + [True] * 7)
     counts = [int(optimizer._memory(layer)["count"]) for layer in optimizer.capture.layers]
     assert counts == [1, 2 + second[1]]
+
+
+def test_a_model_with_its_own_loss_says_where_its_classes_are():
+    """Before the gradient by its outputs has come by, targets are drawn over the last axis."""
+    x, y = tokens()
+    model = WithLoss(cross_entropy_of)
+    optimizer = KFAC(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="pass class_dim=1"):
+            model(x, y)["loss"].backward()
+    optimizer.detach()
+    optimizer = KFAC(model, class_dim=1)
+    model(x, y)["loss"].backward()
+    optimizer.step()
+    assert optimizer._memory(optimizer.capture.layers[0])["count"] == 1
+
+
+def cross_entropy_of(z, y):
+    return nn.functional.cross_entropy(z, y)
+
+
+@pytest.mark.parametrize("method", [KFAC, EKFAC])
+def test_the_clip_is_that_of_the_mean_and_of_each_groups_rate(method):
+    rates, (x, y) = (1.0, 1.0, 0.1, 0.1), data()
+
+    def step(kl_clip, reduction="mean"):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        groups = [{"params": model[k].parameters(), "lr": lr} for k, lr in ((0, 1.0), (2, 0.1))]
+        options = {"momentum": 0.0, "fisher": "type-2", "params": groups}
+        optimizer = build(method, model, kl_clip=kl_clip, reduction=reduction, **options)
+        factor = 24 if reduction == "sum" else 1
+        (factor * mse(model, x, y)).backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        params = zip(model.parameters(), before, rates, strict=True)
+        return [((b - p.detach()) / lr, lr**2 * p.grad / factor) for p, b, lr in params]
+
+    whole, clipped = step(math.inf), step(1e-4)
+    size = sum(float((u * g).sum()) for u, g in whole)
+    nu = (1e-4 / size) ** 0.5
+    assert 0 < nu < 0.9
+    for (u, _), (short, _), (summed, _) in zip(whole, clipped, step(1e-4, "sum"), strict=True):
+        torch.testing.assert_close(short, nu * u, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(summed, nu * u, rtol=1e-9, atol=1e-12)
+
+
+class Positions(Words):
+    def __init__(self):
+        super().__init__()
+        self.position = nn.Embedding(8, 3, dtype=torch.float64)
+
+    def forward(self, i):
+        return (self.table(i) + self.position(torch.arange(8))).mean(1).tanh()
+
+
+def test_what_examples_share_counts_once_for_each_of_them():
+    model, i = Positions(), torch.randint(40, (24, 8))
+    optimizer = build(KFAC, model)
+    optimizer.statistics = lambda layer, a, g: {"A": torch.full((3,), float(optimizer.capture.examples))}
+    for part in i.split([17, 7]):
+        mse(model, part, 0).backward()
+    for layer in optimizer.capture.layers:
+        assert optimizer.counts[layer] == 24
+        torch.testing.assert_close(optimizer.pending[layer]["A"], torch.full((3,), (17**2 + 7**2) / 24))
+
+
+# What mutants survived
+
+
+def test_a_norm_layers_curvature_is_the_mean_square_of_examples_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    (x, y), options = data(), {"fisher": "empirical", "lr": 0.0}
+    optimizer = build(KFAC, model, **options)
+    mse(model, x, y).backward()
+    optimizer.step()
+    squares = torch.zeros(4, 2, dtype=torch.float64)
+    for n in range(24):
+        grads = torch.autograd.grad(mse(model, x[n : n + 1], y[n : n + 1]), list(model[1].parameters()))
+        squares += torch.stack(grads, 1).square() / 24
+    layer = next(layer for layer in optimizer.capture.layers if layer.kind == "scale")
+    torch.testing.assert_close(optimizer._memory(layer)["F"], squares)
+
+
+def test_foof_is_ridge_regression_in_units_of_the_mean_square_input():
+    torch.manual_seed(0)
+    layer, (x, y) = nn.Linear(5, 3, bias=False).double(), data()
+    optimizer = build(FOOF, layer, lr=1.0, momentum=0.0, damping=0.3, relative_damping=True, kl_clip=math.inf)
+    before = layer.weight.detach().clone()
+    mse(layer, 4 * x, y).backward()
+    g, A = layer.weight.grad.clone(), 16 * x.T @ x / 24
+    optimizer.step()
+    wanted = torch.linalg.solve(A + 0.3 * A.diagonal().mean() * torch.eye(5), g.T).T
+    torch.testing.assert_close(before - layer.weight.detach(), wanted)
+
+
+def test_twice_a_log_likelihood_of_log_probabilities_shows():
+    (x, y), model = tokens(), Tokens(1, lambda z: z.log_softmax(1))
+    optimizer = KFAC(model)
+    (2 * nn.functional.nll_loss(model(x[:, 0]), y[:, 0])).backward()
+    with pytest.raises(ValueError, match="the loss is 2 times the mean"):
+        optimizer.step()
