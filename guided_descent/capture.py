@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 84d733f4
+# %% head 3573667f
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -68,7 +68,7 @@ def _features_last(module: nn.Module, y: Tensor) -> Tensor:
     return y.movedim(1, -1) if isinstance(module, KINDS["conv"] + KINDS["scale"]) else y
 
 
-# %% 23_machinery sec-capture 7 827e3443
+# %% 23_machinery sec-capture 7 78d5ce94
 #: The pass whose sampled gradients are on their way through a model, that no other capture
 #: may take for its own.
 _SAMPLING: "weakref.WeakKeyDictionary[nn.Module, _Pass]" = weakref.WeakKeyDictionary()
@@ -173,7 +173,9 @@ class _Use:
         if fisher != "none":
             if g is None:
                 return
-            self.gradients.append(g * at.examples if fisher == "empirical" else g)
+            if fisher == "empirical":  # float16 has no room for the number of examples
+                g = g.to(torch.promote_types(g.dtype, torch.bfloat16)) * at.examples
+            self.gradients.append(g)
         if len(self.gradients) == at.expected or fisher == "none":
             with torch.no_grad():
                 self.finish(self.x)
@@ -198,7 +200,7 @@ class _Use:
                 x_of = self.inputs(layer, x, channels)
                 shared = key, self.at.arrange(x_of, self.time_first)
             a, g, N = shared[1], None, self.at.examples
-            if len(a) != N and self.at.capture.fisher == "type-2":
+            if len(a) != N and self.at.capture.fisher in ("type-2", "empirical"):
                 raise ValueError(
                     f"layer {layer.name!r} is called once for all examples (input "
                     f"{tuple(x.shape)}), so the gradients of an example are not to be had; "
@@ -293,7 +295,7 @@ class _RootTap(torch.autograd.Function):
         return g, None, None
 
 
-# %% 23_machinery sec-capture 9 1081c85f
+# %% 23_machinery sec-capture 9 62462175
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """What a model returned, a function applied to each tensor; containers are copied."""
     if isinstance(output, Tensor):
@@ -350,7 +352,8 @@ class Capture:
         fisher: Whose gradients. ``"mc"``: of targets drawn from the model's own output.
             ``"type-2"``: one for each number of an example's output; outer products sum to
             the exact Gauss–Newton matrix. ``"empirical"``: the user's own, times the number
-            of examples. ``"none"``: no gradients, only inputs.
+            of examples; outputs (N, C) are then not held against the likelihood.
+            ``"none"``: no gradients, only inputs.
         likelihood: What the output means: logits of one choice (``"categorical"``), a mean
             with unit variance (``"gaussian"``: the loss is half the squared distance),
             logits of separate events (``"bernoulli"``). Losses of one example add up over
@@ -559,7 +562,7 @@ class Capture:
         if g is None or loose or callable(self.likelihood):
             return
         if f.ndim not in self._axes:
-            if not 0 < float(g.abs().sum()) < torch.inf:
+            if not 0 < float(g.to(wide(g.dtype)).abs().sum()) < torch.inf:
                 return
             if self.likelihood == "categorical":
                 self._axes[f.ndim] = class_axis(f, g, self.class_dim)
@@ -665,4 +668,12 @@ class _Late:
         if self.output is not None and capture.model not in _SAMPLING:
             self.output = None
             if output.ndim not in capture._axes:
+                used = capture._axis(output)
                 capture.examine(output, g)
+                if (axis := capture._axes.get(output.ndim, used)) != used:
+                    del capture._axes[output.ndim]
+                    raise ValueError(
+                        f"the classes lie on axis {axis} of the outputs of shape "
+                        f"{tuple(output.shape)}, which shows too late where the model "
+                        f"computes its own loss; pass class_dim={axis}"
+                    )

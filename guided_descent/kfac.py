@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 91deb396
+# %% head 710d377c
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -98,7 +98,7 @@ def _summed(x: Tensor, axis: int) -> Tensor:
     return whole * (whole.norm() > error)
 
 
-# %% 08_kfac sec-kfac-damping 1 3a28abb1
+# %% 08_kfac sec-kfac-damping 1 9b44780b
 def rotate(V: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
     """``leftᵀ V right``; ``right = None`` stands for the identity."""
     V = left.mT @ V
@@ -111,7 +111,9 @@ def divide(V: Tensor, curvature: Tensor, damping: float | Tensor) -> Tensor:
     Without damping, what has no curvature (down to round-off) stays put.
     """
     total = curvature + damping
-    floor = curvature.amax() * torch.finfo(total.dtype).eps
+    # eigh leaves zero eigenvalues at some roundings of the largest
+    eps = torch.finfo(total.dtype).eps * sum(curvature.shape)
+    floor = curvature.amax() * eps
     known = total > floor * (total == curvature)
     return torch.where(known, V / total, 0)
 
@@ -142,7 +144,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 53f51c49
+# %% 08_kfac sec-kfac-bookkeeping 1 5c0bd4b1
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -175,7 +177,8 @@ class KFAC(LayerOptimizer):
         damping: λ, in units of curvature, in [0, ∞); under
             ``relative_damping`` in units of the layer's mean curvature.
             Default 0.03. Zero needs ``damping_split="exact"``.
-        fisher: ``"mc"`` (default), ``"type-2"`` or ``"empirical"``.
+        fisher: ``"mc"`` (default), ``"type-2"`` or ``"empirical"`` (which does
+            not hold outputs (N, C) against the likelihood).
         likelihood: ``"categorical"`` (default), ``"gaussian"``,
             ``"bernoulli"`` or a callable; see ``Capture``. The user's loss
             is held against it in the first backward pass. A multiple of the
@@ -312,7 +315,7 @@ class KFAC(LayerOptimizer):
         """Eigenvalues of the layer's block, in the factors' eigenbasis."""
         return torch.outer(m["G_values"], m["A_values"])
 
-    # %% 08_kfac sec-kfac-bookkeeping 3 05e57c9d
+    # %% 08_kfac sec-kfac-bookkeeping 3 9dca3302
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         d_out, d_in = layer.shape
         if layer.kind == "scale":
@@ -331,9 +334,12 @@ class KFAC(LayerOptimizer):
             squares = torch.stack(columns, -1).square().sum(0)
             return {"F": squares.mean(0)}
         if layer.kind == "embedding":
-            g = _summed(g, 2) if self.sharing == "reduce" else g
             return {"A": _frequencies(layer, a), "G": gram(g, weight=1 / g.shape[1])}
         A, G = kronecker_factors(a, g, self.sharing)
+        if self.relative_damping and self.sharing == "reduce":
+            some = (A.trace() > 0) & (G.trace() > 0)
+            pairs = zip((A, G), kronecker_factors(a, g), strict=True)
+            A, G = (torch.where(some, x, y) for x, y in pairs)
         return {"A": A, "G": G}
 
 
@@ -365,7 +371,7 @@ class KFAC(LayerOptimizer):
         return damping_shifts(m["A"], m["G"], lam)[0 if side == "A" else 1]
 
 
-# %% 08_kfac sec-kfac-bookkeeping 4 275c84af
+# %% 08_kfac sec-kfac-bookkeeping 4 1079d651
 def keep(memories: list[Memory], name: str, results: Any) -> None:
     """Remember each layer's own part, apart from the batch."""
     for m, x in zip(memories, results, strict=True):
@@ -388,8 +394,8 @@ def _frequencies(layer: Layer, indices: Tensor) -> Tensor:
 def inverses_(factors: Tensor, shifts: Tensor) -> list[Tensor] | Tensor:
     """Inverses of factors, or of diagonals, after shifting them in place.
 
-    A shift that would be lost in round-off is raised to it. The inverse of
-    nothing is nothing.
+    Each shift of a matrix is increased by ``8 · eps · trace``, lest it be lost
+    in round-off. The inverse of nothing is nothing.
     """
     if factors.ndim == 2:
         shifted = factors + shifts[:, None]
@@ -433,7 +439,7 @@ def eigenvalue_correction(
     return s / N
 
 
-# %% 08_kfac sec-kfac-ekfac 2 463c3ac6
+# %% 08_kfac sec-kfac-ekfac 2 60d53377
 class EKFAC(KFAC):
     """EKFAC: K-FAC's eigenvectors with the best eigenvalues for them.
 
@@ -445,11 +451,13 @@ class EKFAC(KFAC):
     and from there on as ``KFAC``.
 
     Args:
-        model, lr, momentum, damping, fisher, likelihood, reduction, samples,
-            sharing, relative_damping, stat_decay, factor_update_every,
-            inverse_update_every, kl_clip, weight_decay, algorithm, seed,
-            output, class_dim, grad_scaler, process_group, params: As for
-            ``KFAC``. The basis is at hand, so damping is always exact.
+        model, lr, momentum: As for ``KFAC``.
+        damping: As for ``KFAC``; always exact, as the basis is at hand.
+        fisher, likelihood, reduction, samples, sharing: As for ``KFAC``.
+        relative_damping, stat_decay, factor_update_every: As for ``KFAC``.
+        inverse_update_every, kl_clip, weight_decay: As for ``KFAC``.
+        algorithm, seed, output, class_dim, grad_scaler: As for ``KFAC``.
+        process_group, params: As for ``KFAC``.
         **options: As for ``KFAC``.
 
     Raises:
@@ -574,7 +582,7 @@ def _correct_words(
     return s.index_add_(1, indices.flatten(), squares) / len(indices)
 
 
-# %% 08_kfac sec-kfac-foof 1 b048d679
+# %% 08_kfac sec-kfac-foof 1 fb30b94a
 class FOOF(LayerOptimizer):
     """FOOF: gradient descent on a layer's outputs, by ridge regression.
 
@@ -583,17 +591,20 @@ class FOOF(LayerOptimizer):
         u = ∇L (A + damping · I)⁻¹
 
     and from there on as ``KFAC``; ``kl_clip`` then limits
-    ``η² ⟨u, ∇L⟩``, the squared change of the layers' outputs. The loss need
-    not be a likelihood, and its scale counts, as in gradient descent.
+    ``η² ⟨u, ∇L⟩``, at least the squared change of the layers' outputs. The
+    loss need not be a likelihood, and its scale counts, as in gradient descent.
 
     Args:
-        model, lr, momentum, damping, sharing, relative_damping, stat_decay,
-            factor_update_every, inverse_update_every, kl_clip, weight_decay,
-            algorithm, process_group, params: As for ``KFAC``; ``damping`` is
-            positive. Norm layers have no input factor: ``algorithm`` steps
-            them.
+        model, lr, momentum: As for ``KFAC``.
+        damping: As for ``KFAC``, but positive.
         likelihood: Taken so that methods can be exchanged; without effect.
+        sharing, relative_damping, stat_decay: As for ``KFAC``.
+        factor_update_every, inverse_update_every: As for ``KFAC``.
+        kl_clip, weight_decay: As for ``KFAC``.
+        algorithm: As for ``KFAC``; it steps norm layers too, which have no
+            input factor.
         output: As for ``KFAC``: only the number of examples is read there.
+        process_group, params: As for ``KFAC``.
         **options: As for ``KFAC``.
 
     Raises:

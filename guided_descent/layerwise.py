@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 795a947b
+# %% head 642b526d
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -208,7 +208,7 @@ class LayerOptimizer(Optimizer):
         """``P⁻¹ g`` for the gradient matrix of one layer."""
         raise TypeError(f"{type(self).__name__} has no preconditioner")
 
-    # %% 23_machinery sec-layerwise 3 515f9bd1
+    # %% 23_machinery sec-layerwise 3 31c514f1
     def _halves(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """A group in two: what a layer covers, and what ``algorithm`` steps."""
         params = group["params"]
@@ -323,12 +323,17 @@ class LayerOptimizer(Optimizer):
         seed, t = (self._own[0][name] for name in ("seed", "steps"))
         several = distributed.is_available() and distributed.is_initialized()
         rank = distributed.get_rank() if several else 0
-        self.capture.recording = t % self.factor_update_every == 0
+        new = any(
+            p.grad is not None and not self._memory(layer)
+            for layer in self.capture.layers
+            for p in layer.parameters
+        )
+        self.capture.recording = new or t % self.factor_update_every == 0
         # A generator on the CPU looks at 32 bits; the factors keep what is drawn apart.
         seed = (2654435761 * seed + 1640531527 * rank + t) % 2**32
         self.generator.manual_seed(seed)
 
-    # %% 23_machinery sec-layerwise 4 1d36023d
+    # %% 23_machinery sec-layerwise 4 e299f5bb
     @torch.no_grad()
     def observe(self, layer: Layer, a: Tensor, g: Tensor | None) -> None:
         """Take in inputs and output gradients of some examples."""
@@ -342,10 +347,10 @@ class LayerOptimizer(Optimizer):
         scale = N / unit / (N**2 if self.capture.fisher == "empirical" else 1)
         for name in means.keys() & self.quadratic if scale != 1 else ():
             means[name] = means[name] * scale
-        self.counts[layer] = self.counts.get(layer, 0) + len(a)
+        self.counts[layer] = self.counts.get(layer, 0) + N
         seen = self.pending.setdefault(layer, means)
         for name, mean in means.items() if seen is not means else ():
-            seen[name].lerp_(mean, len(a) / self.counts[layer])
+            seen[name].lerp_(mean, N / self.counts[layer])
 
 
     def _remember(self, finite: Tensor | None) -> None:
@@ -621,15 +626,19 @@ class LayerOptimizer(Optimizer):
                 if p in updates:
                     updates[p].mul_(nu.to(p.device, updates[p].dtype))
 
-    # %% 23_machinery sec-layerwise 8 37e1b1b1
+    # %% 23_machinery sec-layerwise 8 ba923e0b
     def _update(self, layer: Layer, updates: dict[Tensor, Tensor]) -> None:
         """Write the update of a layer into tensors like its parameters."""
         memory, g = self._memory(layer), layer.gradient()
-        if g is None or not memory:
+        if g is None:
             return
         g = g.to(wide(g.dtype))
         g = g if self.factor == 1 else g / self.factor
-        u = self.precondition(memory, g, Names(**self._group(layer)))
+        if memory:
+            u = self.precondition(memory, g, Names(**self._group(layer)))
+            u = u * (memory["count"] > 0)
+        else:  # it stands still until there are statistics
+            u = torch.zeros_like(g)
         for p, rows, piece in layer.pieces(u):
             if p.grad is not None and piece.shape == p.shape:
                 updates[p] = piece

@@ -965,3 +965,11 @@ def test_gram():
         torch.testing.assert_close(out, 0.1 * flat.T @ flat)
         torch.testing.assert_close(out, out.T, rtol=1e-14, atol=1e-14)
     assert gram(torch.ones(3, 2, dtype=torch.bfloat16)).dtype is torch.float32
+
+
+def test_an_input_that_examples_share_has_no_empirical_gradients_of_each():
+    model, i = Positions(), torch.randint(0, 9, (N, 5))
+    taker = Taker(model, fisher="empirical")
+    with pytest.raises(ValueError, match="position.*fisher='mc'"):
+        some(model(i)).backward()
+    taker.capture.detach()

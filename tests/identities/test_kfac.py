@@ -27,6 +27,7 @@ from guided_descent.kfac import (
     kronecker_factors,
 )
 from guided_descent.layerwise import full_precision
+from guided_descent.likelihoods import check_no_classes, class_axis
 
 METHODS = [KFAC, EKFAC, FOOF]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
@@ -389,7 +390,7 @@ def test_eigenvalues_are_kfacs_first_and_then_the_mean_of_the_corrections():
 @every_method
 def test_accumulation_is_the_whole_batch(method):
     ends = []
-    for parts in (1, 4):
+    for parts in (24, [17, 7]):
         torch.manual_seed(0)
         model = net(5, 4, 3)
         options = {} if method is FOOF else {"fisher": "type-2"}
@@ -397,8 +398,8 @@ def test_accumulation_is_the_whole_batch(method):
         for t in range(4):
             x, y = data(key=t)
             optimizer.zero_grad()
-            for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
-                (mse(model, xs, ys) / parts).backward()
+            for xs, ys in zip(x.split(parts), y.split(parts), strict=True):
+                (mse(model, xs, ys) * len(xs) / len(x)).backward()
             optimizer.step()
         ends.append([p.detach() for p in model.parameters()])
     for a, b in zip(*ends, strict=True):
@@ -1555,7 +1556,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("split", ["exact", "pi"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_keys_have_no_reduced_factor_and_stay_under_relative_damping(split, autocast):
+def test_keys_have_no_reduced_factor_and_move_all_the_same(split, autocast):
     steps = {}
     for sharing in ("expand", "reduce"):
         torch.manual_seed(0)
@@ -1571,10 +1572,13 @@ def test_keys_have_no_reduced_factor_and_stay_under_relative_damping(split, auto
             optimizer.step()
             change = (model.attention.in_proj_weight.detach() - before).abs()
             steps.setdefault(sharing, []).append([float(part.amax()) for part in change.split(16)])
-        G = optimizer._memory(keys)["G"]
-        assert G.eq(0).all() == (sharing == "reduce")
-    for q, k, v in steps["reduce"]:
-        assert 0 < q < 3 and k == 0 and 0 < v < 3
+        assert optimizer._memory(keys)["G"].trace() > 0  # that of "expand" under both
+        optimizer.relative_damping = False
+        a, g = torch.randn(8, 7, 17), torch.randn(1, 8, 7, 16)
+        found = optimizer.statistics(keys, a, g - g.mean(2, keepdim=True))
+        assert found["G"].eq(0).all() == (sharing == "reduce")
+    for moves in steps["reduce"]:
+        assert all(0 < move < 3 for move in moves)
 
 
 def test_bypassed_hooks_are_explained():
@@ -1648,3 +1652,240 @@ def test_the_seed_and_the_step_decide_what_is_drawn():
         ends.append(optimizer._memory(optimizer.capture.layers[0])["G"])
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2]) and not torch.equal(ends[0], ends[3])
+
+
+# Found by a mathematician's reading
+
+
+@pytest.mark.parametrize("method", [KFAC, EKFAC])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_an_undamped_step_of_few_examples_is_the_pseudo_inverses(method, dtype, tol):
+    """Twenty examples leave 180 of 200 eigenvalues zero, which eigh returns as roundings."""
+    torch.manual_seed(0)
+    layer, (x, y) = nn.Linear(200, 10, bias=False, dtype=dtype), data(20, 200, 10, dtype)
+    start = layer.weight.detach().clone()
+    method = build(method, layer, lr=1.0, momentum=0.0, damping=0.0, kl_clip=math.inf, fisher="type-2")
+    mse(layer, x, y).backward()
+    A, g = x.double().T @ x.double() / 20, layer.weight.grad.double()
+    method.step()
+    wanted = g @ torch.linalg.pinv(A, hermitian=True, rtol=1e-10)
+    error = (start - layer.weight.detach()).double() - wanted
+    assert error.norm() < tol * wanted.norm()
+
+
+@pytest.mark.parametrize("classes", [10, 128, 784])
+def test_a_squared_error_of_many_outputs_is_no_cross_entropy(classes):
+    """Its signs cancel: the sum over outputs is about 1/√C of the whole."""
+    torch.manual_seed(0)
+    z, y = torch.randn(64, classes), torch.randn(64, classes)
+    with pytest.raises(ValueError, match="does not fit the loss"):
+        class_axis(z, z - y)
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = z.to(dtype, copy=True).requires_grad_()
+        nn.functional.cross_entropy(leaf, y.argmax(1)).backward()
+        assert class_axis(leaf.detach(), leaf.grad) == 1
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_labels_that_balance_over_places_leave_the_classes_evident(classes):
+    torch.manual_seed(0)
+    z = (0.1 * torch.randn(8, classes, 1026)).requires_grad_()
+    y = torch.stack([torch.randperm(1026) % classes for _ in range(8)])
+    nn.functional.cross_entropy(z, y).backward()
+    assert z.grad.sum(2).abs().sum() < 0.1 * z.grad.abs().sum()
+    assert class_axis(z.detach(), z.grad) == 1
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
+def test_the_check_is_not_lost_where_float16_overflows(likelihood):
+    """As under a GradScaler: the sum over all gradients is beyond 65504."""
+    torch.manual_seed(0)
+    z, y = torch.randn(64, 10, 4).half().requires_grad_(), torch.randint(10, (64, 4))
+    (65536 * nn.functional.cross_entropy(z.float(), y)).backward()
+    assert z.grad.isfinite().all() and z.grad.abs().sum() == math.inf
+    capture = Capture(net(5, 3), consume=lambda *_: None, likelihood=likelihood)
+    if likelihood == "categorical":
+        capture.examine(z.detach(), z.grad)
+        assert capture._axes == {3: 1}
+    else:
+        with pytest.raises(ValueError, match="does not fit the loss"):
+            capture.examine(z.detach(), z.grad)
+
+
+def test_the_empirical_fisher_of_a_scaled_float16_loss_is_finite():
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 3).half(), torch.randn(64, 5).half()
+    y, ce = torch.arange(64) % 3, nn.functional.cross_entropy
+    ((_, g),) = pairs(model, x, "empirical", "categorical", lambda z: 2**17 * ce(z.float(), y))
+    assert g.isfinite().all() and g.abs().amax() > 65504
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_small_heads_are_not_taken_for_classes(dtype):
+    """Exclusive events, and centred targets: with outputs near zero the gradient's sum is, too."""
+    torch.manual_seed(0)
+    z = (1e-4 * torch.randn(64, 2)).to(dtype)
+    y = torch.eye(2, dtype=dtype)[torch.randint(2, (64,))]
+    check_no_classes("bernoulli", z, z.sigmoid() - y)
+    y = torch.randn(64, 2).to(dtype)
+    check_no_classes("gaussian", z, z - torch.stack([y[:, 0], -y[:, 0]], 1))
+    z = torch.randn(64, 2).to(dtype)
+    for likelihood in ("bernoulli", "gaussian"):
+        with pytest.raises(ValueError, match="as a cross-entropy's does"):
+            check_no_classes(likelihood, z, z.softmax(1) - torch.eye(2, dtype=dtype)[torch.arange(64) % 2])
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(40, 3, dtype=torch.float64)
+
+    def forward(self, i):
+        return self.table(i).mean(1).tanh()
+
+
+@pytest.mark.parametrize("method", [KFAC, EKFAC])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_the_curvature_of_distinct_words_has_the_true_trace(method, sharing):
+    """An example's gradient has one column for each of its words, so their squares add up."""
+    torch.manual_seed(0)
+    model, i = Words(), torch.stack([torch.randperm(40)[:8] for _ in range(16)])
+    y = torch.randn(16, 3, dtype=torch.float64)
+    optimizer = build(method, model, sharing=sharing, fisher="type-2", lr=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        mse(model, i, y).backward()
+        optimizer.step()
+    slope = (1 - model(i).detach().square()) / 8  # of an output by each of the 8 words
+    wanted = 8 * slope.square().sum(1).mean()
+    memory = optimizer._memory(optimizer.capture.layers[0])
+    torch.testing.assert_close(optimizer.curvature(memory).sum(), wanted)
+    torch.testing.assert_close(memory["A"].sum() * memory["G"].trace(), wanted)
+
+
+@every_method
+def test_a_layer_without_statistics_stands_still(method, flags):
+    """Not: descends, unclipped. On the host its next gradient brings statistics."""
+    torch.manual_seed(0)
+    model = net(5, 4, 3)
+    model[0].requires_grad_(False)
+    optimizer = build(method, model, momentum=0.0, factor_update_every=4)
+    start, moved = [p.detach().clone() for p in model.parameters()], []
+    for t in range(8):
+        x, y = data(key=t)
+        if t == 6:
+            optimizer.add_param_group({"params": list(model[0].requires_grad_().parameters())})
+        optimizer.zero_grad()
+        mse(model, x * (math.nan if t == 0 else 1), y).backward()
+        optimizer.step()
+        now = [p.detach().clone() for p in model.parameters()]
+        moved.append([not torch.equal(a, b) for a, b in zip(start, now, strict=True)])
+        start = now
+    first, second = [m[0] for m in moved], [m[2] for m in moved]
+    assert first == [False] * 7 + [True]
+    assert second in ([False] * 4 + [True] * 4, [False] + [True] * 7)
+    counts = [int(optimizer._memory(layer)["count"]) for layer in optimizer.capture.layers]
+    assert counts == [1, 2 + second[1]]
+
+
+def test_a_model_with_its_own_loss_says_where_its_classes_are():
+    """Before the gradient by its outputs has come by, targets are drawn over the last axis."""
+    x, y = tokens()
+    model = WithLoss(cross_entropy_of)
+    optimizer = KFAC(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="pass class_dim=1"):
+            model(x, y)["loss"].backward()
+    optimizer.detach()
+    optimizer = KFAC(model, class_dim=1)
+    model(x, y)["loss"].backward()
+    optimizer.step()
+    assert optimizer._memory(optimizer.capture.layers[0])["count"] == 1
+
+
+def cross_entropy_of(z, y):
+    return nn.functional.cross_entropy(z, y)
+
+
+@pytest.mark.parametrize("method", [KFAC, EKFAC])
+def test_the_clip_is_that_of_the_mean_and_of_each_groups_rate(method):
+    rates, (x, y) = (1.0, 1.0, 0.1, 0.1), data()
+
+    def step(kl_clip, reduction="mean"):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        groups = [{"params": model[k].parameters(), "lr": lr} for k, lr in ((0, 1.0), (2, 0.1))]
+        options = {"momentum": 0.0, "fisher": "type-2", "params": groups}
+        optimizer = build(method, model, kl_clip=kl_clip, reduction=reduction, **options)
+        factor = 24 if reduction == "sum" else 1
+        (factor * mse(model, x, y)).backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        params = zip(model.parameters(), before, rates, strict=True)
+        return [((b - p.detach()) / lr, lr**2 * p.grad / factor) for p, b, lr in params]
+
+    whole, clipped = step(math.inf), step(1e-4)
+    size = sum(float((u * g).sum()) for u, g in whole)
+    nu = (1e-4 / size) ** 0.5
+    assert 0 < nu < 0.9
+    for (u, _), (short, _), (summed, _) in zip(whole, clipped, step(1e-4, "sum"), strict=True):
+        torch.testing.assert_close(short, nu * u, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(summed, nu * u, rtol=1e-9, atol=1e-12)
+
+
+class Positions(Words):
+    def __init__(self):
+        super().__init__()
+        self.position = nn.Embedding(8, 3, dtype=torch.float64)
+
+    def forward(self, i):
+        return (self.table(i) + self.position(torch.arange(8))).mean(1).tanh()
+
+
+def test_what_examples_share_counts_once_for_each_of_them():
+    model, i = Positions(), torch.randint(40, (24, 8))
+    optimizer = build(KFAC, model)
+    optimizer.statistics = lambda layer, a, g: {"A": torch.full((3,), float(optimizer.capture.examples))}
+    for part in i.split([17, 7]):
+        mse(model, part, 0).backward()
+    for layer in optimizer.capture.layers:
+        assert optimizer.counts[layer] == 24
+        torch.testing.assert_close(optimizer.pending[layer]["A"], torch.full((3,), (17**2 + 7**2) / 24))
+
+
+# What mutants survived
+
+
+def test_a_norm_layers_curvature_is_the_mean_square_of_examples_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    (x, y), options = data(), {"fisher": "empirical", "lr": 0.0}
+    optimizer = build(KFAC, model, **options)
+    mse(model, x, y).backward()
+    optimizer.step()
+    squares = torch.zeros(4, 2, dtype=torch.float64)
+    for n in range(24):
+        grads = torch.autograd.grad(mse(model, x[n : n + 1], y[n : n + 1]), list(model[1].parameters()))
+        squares += torch.stack(grads, 1).square() / 24
+    layer = next(layer for layer in optimizer.capture.layers if layer.kind == "scale")
+    torch.testing.assert_close(optimizer._memory(layer)["F"], squares)
+
+
+def test_foof_is_ridge_regression_in_units_of_the_mean_square_input():
+    torch.manual_seed(0)
+    layer, (x, y) = nn.Linear(5, 3, bias=False).double(), data()
+    optimizer = build(FOOF, layer, lr=1.0, momentum=0.0, damping=0.3, relative_damping=True, kl_clip=math.inf)
+    before = layer.weight.detach().clone()
+    mse(layer, 4 * x, y).backward()
+    g, A = layer.weight.grad.clone(), 16 * x.T @ x / 24
+    optimizer.step()
+    wanted = torch.linalg.solve(A + 0.3 * A.diagonal().mean() * torch.eye(5), g.T).T
+    torch.testing.assert_close(before - layer.weight.detach(), wanted)
+
+
+def test_twice_a_log_likelihood_of_log_probabilities_shows():
+    (x, y), model = tokens(), Tokens(1, lambda z: z.log_softmax(1))
+    optimizer = KFAC(model)
+    (2 * nn.functional.nll_loss(model(x[:, 0]), y[:, 0])).backward()
+    with pytest.raises(ValueError, match="the loss is 2 times the mean"):
+        optimizer.step()
