@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 91deb396
+# %% head 2488c1df
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -142,7 +142,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 53f51c49
+# %% 08_kfac sec-kfac-bookkeeping 1 2205a75e
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -180,7 +180,8 @@ class KFAC(LayerOptimizer):
             ``"bernoulli"`` or a callable; see ``Capture``. The user's loss
             is held against it in the first backward pass. A multiple of the
             Gaussian's ½‖f − y‖² multiplies the step (``nn.MSELoss`` of C
-            outputs: 2/C).
+            outputs: 2/C), and one of the Bernoulli's, summed over outputs, too
+            (``nn.BCEWithLogitsLoss``: 1/C).
         reduction: What the loss is: a ``"mean"`` over rows of outputs (all
             axes but ``class_dim``), a mean over ``"examples"`` of sums over
             their rows (curvature is then that of an example), or a ``"sum"``
