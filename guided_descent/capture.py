@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 3573667f
+# %% head 378eccae
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -295,7 +295,7 @@ class _RootTap(torch.autograd.Function):
         return g, None, None
 
 
-# %% 23_machinery sec-capture 9 62462175
+# %% 23_machinery sec-capture 9 d00121d2
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """What a model returned, a function applied to each tensor; containers are copied."""
     if isinstance(output, Tensor):
@@ -385,8 +385,10 @@ class Capture:
             a place at which the likelihood has a factor of its own: a token, a pixel.
         process_group: Of the ``DistributedDataParallel`` that calls the model, if one does.
         seen: Sums since it was last cleared: ``"examples"``, ``"rows"``, and ``"weight"``,
-            the least that the user's loss can weigh all rows together (a mean: 1).
-        weighing: Whether ``seen["weight"]`` is computed. Default ``False``.
+            the least that the user's loss can weigh all rows together (a mean: 1); and
+            ``"largest"``, of the loss's gradient by each row the largest entry plus the
+            smallest: positive only if the loss is the negative of a cross-entropy.
+        weighing: Whether the latter two are computed. Default ``False``.
 
     Raises:
         ValueError: An unknown fisher or likelihood, ``samples`` below one, type-2 with a
@@ -450,7 +452,7 @@ class Capture:
 
     def clear(self) -> None:
         """Begin ``seen`` anew."""
-        self.seen = {"examples": 0, "rows": 0, "weight": 0.0}
+        self.seen = {"examples": 0, "rows": 0, "weight": 0.0, "largest": 0.0}
 
     def _attach(self) -> None:
         """Put the hooks in place. The model's own come last: it may be a layer itself."""
@@ -573,6 +575,8 @@ class Capture:
         if self.weighing and kind.weight is not None:
             f, g = (kind.rows(x.to(wide(x.dtype)), self._axis(x)) for x in (f, g))
             self.seen["weight"] = self.seen["weight"] + kind.weight(f, g).sum()
+            largest = (g.amax(-1) + g.amin(-1)).sum()
+            self.seen["largest"] = self.seen["largest"] + largest
 
     def rows_of(self, f: Tensor) -> int:
         """At how many places the likelihood has a factor."""

@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 710d377c
+# %% head 7054a14b
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -144,7 +144,7 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:
     return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 5c0bd4b1
+# %% 08_kfac sec-kfac-bookkeeping 1 0dfe9fd8
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -183,7 +183,8 @@ class KFAC(LayerOptimizer):
             ``"bernoulli"`` or a callable; see ``Capture``. The user's loss
             is held against it in the first backward pass. A multiple of the
             Gaussian's ½‖f − y‖² multiplies the step (``nn.MSELoss`` of C
-            outputs: 2/C).
+            outputs: 2/C), and one of the Bernoulli's, summed over outputs, too
+            (``nn.BCEWithLogitsLoss``: 1/C).
         reduction: What the loss is: a ``"mean"`` over rows of outputs (all
             axes but ``class_dim``), a mean over ``"examples"`` of sums over
             their rows (curvature is then that of an example), or a ``"sum"``

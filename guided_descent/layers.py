@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4486839e
+# %% head dc11280d
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -14,7 +14,8 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-capture 1 c8da02ce
+# %% 23_machinery sec-capture 1 a9a687a5
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
+from torch.nn.utils.stateless import _reparametrize_module
 
 
 # %% 23_machinery sec-capture 2 2a33f205
@@ -98,7 +100,7 @@ class Layer:
         return like[self._rows].T if self.transposed else like[self._rows].flatten(1)
 
 
-# %% 23_machinery sec-capture 3 ad9d7b41
+# %% 23_machinery sec-capture 3 ad3e2ef9
 #: What is known by its class. A subclass with a ``forward`` of its own is not.
 KINDS = {
     "linear": (nn.Linear,),
@@ -135,12 +137,14 @@ def multiplies(module: nn.Module) -> tuple[str, bool] | None:
     others = own.keys() - {"weight", "bias"} or list(module.buffers())
     if others or not isinstance(weight, Parameter) or weight.ndim != 2 or weight.is_meta:
         return None
-    found = []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    # In place of its own numbers, that may be zero, or symmetric.
+    trial = {name: _numbers(*p.shape, like=p) for name, p in own.items()}
+    weight, bias = trial["weight"], trial.get("bias")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _reparametrize_module(module, trial):
         for transposed in (False, True):
             matrix = weight.T if transposed else weight
-            x = torch.arange(4 * matrix.shape[1], device=weight.device).view(4, -1)
-            x = x.cos().to(weight.dtype) * x.new_tensor([[1], [-1], [9], [0]])
+            x = _numbers(4, matrix.shape[1], like=weight)
+            x = x * x.new_tensor([[1], [-1], [9], [0]])
             try:
                 y, wanted = module.forward(x), F.linear(x, matrix, bias)
             except Exception:  # whatever it is, it takes no such input
@@ -148,8 +152,12 @@ def multiplies(module: nn.Module) -> tuple[str, bool] | None:
             if isinstance(y, Tensor) and y.shape == wanted.shape:
                 size = wanted.abs().amax() * torch.finfo(y.dtype).eps * 32
                 if (y - wanted).abs().amax() <= size:
-                    found.append(("linear", transposed))
-    return found[0] if len(found) == 1 else None  # a symmetric weight does not tell
+                    return "linear", transposed
+    return None
+
+
+def _numbers(*shape: int, like: Tensor) -> Tensor:
+    return torch.arange(math.prod(shape), device=like.device).cos().view(shape).to(like.dtype)
 
 
 # %% 23_machinery sec-capture 4 05e6eba6

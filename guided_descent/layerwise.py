@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 642b526d
+# %% head 8328af67
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -407,7 +407,7 @@ class LayerOptimizer(Optimizer):
         """Where statistics are kept."""
         return self.generator.device
 
-    # %% 23_machinery sec-layerwise 5 efbf402c
+    # %% 23_machinery sec-layerwise 5 4352831a
     def _gather(self) -> None:
         """Before anything changes: what is refused, and the means over all processes."""
         if self._gathered:
@@ -480,11 +480,14 @@ class LayerOptimizer(Optimizer):
                 stacklevel=2,
             )
         elif weight > 1.5:
+            negative = self.capture.likelihood == "categorical" and seen["largest"] > 1e-3
             raise ValueError(
-                f"the loss is {weight:.3g} times the mean over the {seen['rows']} rows of "
-                "outputs, or more; divide it by their number, or pass reduction='sum', "
-                "'examples' (a mean over examples of sums over their rows), or 'mean' if the "
-                "factor is meant"
+                "the loss is the negative of a cross-entropy; pass maximize=True"
+                if negative
+                else f"the loss is {weight:.3g} times the mean over the {seen['rows']} rows of "
+                "outputs, or more, or no such mean at all; divide it by their number, or pass "
+                "reduction='sum', 'examples' (a mean over examples of sums over their rows), "
+                "or 'mean' if the factor is meant; or the likelihood of the loss"
             )
         self.capture.weighing = False
 

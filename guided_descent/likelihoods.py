@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head b11ff394
+# %% head 523afb0e
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -135,16 +135,18 @@ LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
-# %% 07_curvature_matrices sec-cm-fisher 2 1c215cb2
+# %% 07_curvature_matrices sec-cm-fisher 2 d131a8c5
 def class_axis(f: Tensor, g: Tensor, given: int | None = None) -> int:
     """The axis of the classes: where a cross-entropy's gradient sums to zero.
 
     A shift of all logits changes no softmax, hence no loss. So it is with
-    smoothed and mixed labels, class weights and ignored targets, and with no
-    other loss. Log-probabilities under a negative log-likelihood have a
-    gradient of one sign instead. Errors of C independent outputs cancel in
-    part, down to ``1 / √C`` of their size: less than a third of it is asked
-    for. This reads some numbers back to the host.
+    smoothed and mixed labels, class weights and ignored targets, and with
+    every other loss of the softmax alone (a squared error of probabilities,
+    say), which is not told from it. Log-probabilities under a negative
+    log-likelihood have a gradient of one sign instead. Errors of C
+    independent outputs cancel in part, down to ``1 / √C`` of their size:
+    less than a third of it is asked for. This reads some numbers back to
+    the host.
 
     Args:
         f: Outputs, (N, …).

@@ -1112,6 +1112,33 @@ def test_the_empirical_fisher_asks_for_the_scaler():
         scaler.step(optimizer)
 
 
+def softmax(z):
+    return z.softmax(-1)
+
+
+def log_softmax(z):
+    return z.log_softmax(-1)
+
+
+@pytest.mark.parametrize("then", [lambda z: z, lambda z: 9 * z, log_softmax], ids=["flat", "sharp", "log"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_negative_of_a_loss_is_told_from_a_multiple(then, smoothing):
+    x, y = tokens()
+    for factor, message in (
+        (-1, "the negative of a cross-entropy; pass maximize"),
+        (3, r"the loss is (3|2\.\d+) times the mean .* or no such"),
+    ):
+        model = Tokens(then=then)
+        optimizer = KFAC(model)
+        (factor * cross_entropy(model, x, y, label_smoothing=smoothing)).backward()
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        optimizer = KFAC(model, maximize=factor < 0, reduction="mean")
+        optimizer.zero_grad()
+        (factor * cross_entropy(model, x, y)).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("known", [True, False])
@@ -1145,14 +1172,6 @@ def squared(z, y):
 
 def binary(z, y):
     return nn.functional.binary_cross_entropy_with_logits(z, nn.functional.one_hot(y, 5).to(z))
-
-
-def softmax(z):
-    return z.softmax(-1)
-
-
-def log_softmax(z):
-    return z.log_softmax(-1)
 
 
 def mixed(z, y):
@@ -1365,13 +1384,24 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     "module",
-    [Odd(torch.relu), Odd(lambda y: y + 1), Odd(lambda y: 2 * y), Odd(torch.tanh), Odd(lambda y: y, torch.eye(4))],
-    ids=["relu", "shift", "scale", "tanh", "symmetric"],
+    [Odd(torch.relu), Odd(lambda y: y + 1), Odd(lambda y: 2 * y), Odd(torch.tanh), Odd(lambda y: y.sort()[0])],
+    ids=["relu", "shift", "scale", "tanh", "sort"],
 )
 def test_what_only_resembles_a_linear_layer_is_not_covered(module):
     with pytest.warns(UserWarning, match=r"KFAC covers 56% of the parameters.*'adamw': 0.weight"):
         optimizer = build(KFAC, nn.Sequential(module, nn.Linear(4, 4).double()))
     assert optimizer.coverage()["layers"] == ["1"]
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(4, 4), torch.eye(4)], ids=["zero", "symmetric"])
+def test_a_linear_layer_is_known_whatever_its_numbers(weight):
+    model = nn.Sequential(Conv1D(4, 4), Odd(lambda y: y, weight), nn.Linear(4, 3).double())
+    model[0].weight.data.copy_(weight)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = build(KFAC, model)
+    assert [(x.name, x.transposed) for x in optimizer.capture.layers] == [("0", True), ("1", True), ("2", False)]
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert optimizer.capture.layers[0].weight is model[0].weight
 
 
 def test_building_draws_no_numbers():
