@@ -1498,6 +1498,17 @@ def test_a_layer_unfrozen_later_is_named(method, listed, what):
     assert same([p.detach() for p in model.parameters()], before)
 
 
+def test_what_an_algorithm_steps_may_be_unfrozen_later():
+    model = Loose().double()
+    model.scale.requires_grad_(False)
+    optimizer = build(KFAC, model, params=model.parameters())
+    train(model, optimizer, range(2))
+    assert model.scale.eq(1).all()
+    model.scale.requires_grad_(True)
+    train(model, optimizer, range(1))
+    assert not model.scale.eq(1).any()
+
+
 def test_a_group_with_an_algorithm_of_its_own_is_left_to_it(recwarn):
     torch.manual_seed(0)
     model, twin = net(5, 4, 3), net(5, 4, 3)
