@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 378eccae
+# %% head e3354007
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -295,7 +295,7 @@ class _RootTap(torch.autograd.Function):
         return g, None, None
 
 
-# %% 23_machinery sec-capture 9 d00121d2
+# %% 23_machinery sec-capture 9 169ef322
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """What a model returned, a function applied to each tensor; containers are copied."""
     if isinstance(output, Tensor):
@@ -383,6 +383,7 @@ class Capture:
         recording: Whether forward calls are recorded. Default ``True``.
         examples, rows: How many there were in the pass that is being handed over; a row is
             a place at which the likelihood has a factor of its own: a token, a pixel.
+        entered: Called before each forward call that has a graph, if given.
         process_group: Of the ``DistributedDataParallel`` that calls the model, if one does.
         seen: Sums since it was last cleared: ``"examples"``, ``"rows"``, and ``"weight"``,
             the least that the user's loss can weigh all rows together (a mean: 1); and
@@ -439,6 +440,7 @@ class Capture:
         self.recording, self.weighing = True, False
         self.examples = self.rows = 0
         self.process_group: Any = None
+        self.entered: Callable[[], None] | None = None
         self.seen: dict[str, Any] = {}
         self.clear()
         self._axes: dict[int, int] = {}  # of the classes, by number of dimensions
@@ -500,6 +502,8 @@ class Capture:
         self.process_group = self.process_group or getattr(wrapper, "process_group", None)
         outer = self._stack[-1] if self._stack else None
         plain = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+        if plain and outer is None and self.entered is not None:
+            self.entered()
         self._stack.append(outer or (_Pass(self) if plain else None))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 8328af67
+# %% head 311914d2
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -208,7 +208,7 @@ class LayerOptimizer(Optimizer):
         """``P⁻¹ g`` for the gradient matrix of one layer."""
         raise TypeError(f"{type(self).__name__} has no preconditioner")
 
-    # %% 23_machinery sec-layerwise 3 31c514f1
+    # %% 23_machinery sec-layerwise 3 53e4cc39
     def _halves(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """A group in two: what a layer covers, and what ``algorithm`` steps."""
         params = group["params"]
@@ -289,6 +289,7 @@ class LayerOptimizer(Optimizer):
             **self.capture_options,
         )
         self.capture.process_group = process_group
+        self.capture.entered = self._forget_discarded
         climbs = any(group["maximize"] for group in self._own)
         self.capture.weighing = self.reduction is None and not climbs
         #: Means over the examples seen since the last step, and how many these were.
@@ -674,10 +675,18 @@ class LayerOptimizer(Optimizer):
                 x = x.diagonal() if name in self.sides and x.ndim == 2 else x
                 yield self._group(layer), f"statistic {name} of layer {layer.name!r}", x
 
-    # %% 23_machinery sec-layerwise 9 d0d78e4c
+    # %% 23_machinery sec-layerwise 9 fc0741a9
     def _forget_passes(self) -> None:
         self.pending, self.counts, self._gathered = {}, {}, False
         self.capture.clear()
+
+
+    def _forget_discarded(self) -> None:
+        """Before a forward call: a pass whose gradients are gone counts no longer."""
+        params = (p for layer in self.capture.layers for p in layer.parameters)
+        begun = self.pending or self.capture.seen["rows"]
+        if begun and all(p.grad is None for p in params):
+            self._forget_passes()
 
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -407,6 +407,44 @@ def test_accumulation_is_the_whole_batch(method):
 
 
 @every_method
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+@pytest.mark.parametrize("how", ["model.zero_grad", "autograd.grad"])
+def test_a_pass_whose_gradients_were_discarded_does_not_count(method, fisher, how):
+    ends = []
+    for discarded in (False, True):
+        torch.manual_seed(0)
+        model = net(5, 4, 3)
+        options = {} if method is FOOF else {"fisher": fisher}
+        optimizer = build(method, model, **options)
+        for t in range(3):
+            x, y = data(key=t)
+            model.zero_grad()
+            if discarded and how == "autograd.grad":  # an adversarial input, say
+                x.requires_grad_()
+                torch.autograd.grad(mse(model, 9 * x, y), x)
+            elif discarded:
+                mse(model, 9 * x, y).backward()
+                model.zero_grad()
+            mse(model, x.detach(), y).backward()
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert same(*ends)
+
+
+@every_method
+def test_torchs_distributed_checkpoints_restore_a_fresh_optimizer(method):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    torch.manual_seed(0)
+    model, twin = net(5, 4, 3), net(5, 4, 3)
+    optimizer, resumed = build(method, model), build(method, twin)
+    train(model, optimizer, range(3))
+    twin.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(twin, resumed, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
+    assert same(train(twin, resumed, range(3, 6)), train(model, optimizer, range(3, 6)))
+
+
+@every_method
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_stop_save_load_go_on_is_the_run_that_never_stopped(method, dtype):
     def start():
@@ -1459,6 +1497,17 @@ def test_a_layer_unfrozen_later_is_named(method, listed, what):
     with pytest.raises(RuntimeError, match="parameter '0.weight' was frozen .*build it anew.* add_param_group"):
         optimizer.step()
     assert same([p.detach() for p in model.parameters()], before)
+
+
+def test_what_an_algorithm_steps_may_be_unfrozen_later():
+    model = Loose().double()
+    model.scale.requires_grad_(False)
+    optimizer = build(KFAC, model, params=model.parameters())
+    train(model, optimizer, range(2))
+    assert model.scale.eq(1).all()
+    model.scale.requires_grad_(True)
+    train(model, optimizer, range(1))
+    assert not model.scale.eq(1).any()
 
 
 def test_a_group_with_an_algorithm_of_its_own_is_left_to_it(recwarn):
