@@ -1565,7 +1565,7 @@ def test_small_heads_are_not_taken_for_classes(dtype):
             check_no_classes(likelihood, z, z.softmax(1) - torch.eye(2, dtype=dtype)[torch.arange(64) % 2])
 
 
-class Words(nn.Module):
+class MeanOfWords(nn.Module):
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(40, 3, dtype=torch.float64)
@@ -1579,7 +1579,7 @@ class Words(nn.Module):
 def test_the_curvature_of_distinct_words_has_the_true_trace(method, sharing):
     """An example's gradient has one column for each of its words, so their squares add up."""
     torch.manual_seed(0)
-    model, i = Words(), torch.stack([torch.randperm(40)[:8] for _ in range(16)])
+    model, i = MeanOfWords(), torch.stack([torch.randperm(40)[:8] for _ in range(16)])
     y = torch.randn(16, 3, dtype=torch.float64)
     optimizer = build(method, model, sharing=sharing, fisher="type-2", lr=0.0)
     for _ in range(3):
@@ -1663,7 +1663,7 @@ def test_the_clip_is_that_of_the_mean_and_of_each_groups_rate(method):
         torch.testing.assert_close(summed, nu * u, rtol=1e-9, atol=1e-12)
 
 
-class Positions(Words):
+class WordsAndPositions(MeanOfWords):
     def __init__(self):
         super().__init__()
         self.position = nn.Embedding(8, 3, dtype=torch.float64)
@@ -1673,7 +1673,7 @@ class Positions(Words):
 
 
 def test_what_examples_share_counts_once_for_each_of_them():
-    model, i = Positions(), torch.randint(40, (24, 8))
+    model, i = WordsAndPositions(), torch.randint(40, (24, 8))
     optimizer = build(KFAC, model)
     optimizer.statistics = lambda layer, a, g: {"A": torch.full((3,), float(optimizer.capture.examples))}
     for part in i.split([17, 7]):
