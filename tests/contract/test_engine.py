@@ -84,6 +84,7 @@ def test_a_checkpoint_moves_between_engines(engine):
     for t in range(2):
         gradients(params, t)
         first.step()
+    assert len({id(first.state[p]["step"]) for p in params}) == 1  # who begins together shares clocks
     second = Heavy(params, lr=9.0, engine=engine, nonfinite="skip")
     second.load_state_dict(first.state_dict())
     assert second.param_groups[0]["engine"] == engine and second.param_groups[0]["nonfinite"] == "skip"
