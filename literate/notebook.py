@@ -134,6 +134,13 @@ def stored_outputs(book: Book, chapter: Chapter) -> dict[int, list[Any]]:
     return dict(zip(code_cells(chapter), outputs(notebook)[1:], strict=True))
 
 
+def draft_outputs(chapter: Chapter) -> dict[int, list[Any]]:
+    """The same where some are not current: what was stored for a cell of the same source, else nothing."""
+    notebook = read(chapter)
+    stored = {cell.source: cell.outputs for cell in (notebook.cells if notebook else ()) if cell.cell_type == "code"}
+    return {index: stored.get(shown(chapter.cells[index])[0], []) for index in code_cells(chapter)}
+
+
 def outputs(notebook: NotebookNode) -> list[list[Any]]:
     return [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
 

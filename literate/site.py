@@ -28,12 +28,13 @@ from sphinx.environment.collectors.toctree import TocTreeCollector
 from sphinx.errors import ExtensionError
 from sphinx.util import inspect
 
-from literate.notebook import PLOTLY, PUBLISHED, TICK, stored_outputs
+from literate.notebook import PLOTLY, PUBLISHED, TICK, draft_outputs, stored_outputs
 from literate.plain import added
 from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, shown
 
 ASSETS = Path(__file__).parent / "assets"
 API = "chapters/api"
+ROOT_PAGE = "chapters/index"
 # Plotly figures met while reading: name -> JSON. They become scripts of their own, fetched when the page needs them:
 # the page stays light, and a script (unlike a fetch) also loads from file://.
 figures: dict[str, str] = {}
@@ -47,6 +48,8 @@ def book(root: str) -> Book:
 def refuse_stale(app: Any) -> None:
     """Before anything is read: no page shows an output that its code no longer gives."""
     this, found = book(str(app.srcdir)), []
+    if app.config.draft:
+        return
     for chapter in this.chapters:
         try:
             stored_outputs(this, chapter)
@@ -59,11 +62,11 @@ def refuse_stale(app: Any) -> None:
 # ---------------------------------------------------------------- a chapter, as a notebook for myst-nb
 
 
-def read(text: str, root: str, stem: str) -> nbformat.NotebookNode:
+def read(text: str, root: str, stem: str, draft: bool) -> nbformat.NotebookNode:
     """The reader myst-nb calls for `chapters/{stem}.md`; `text` is that file, which the book has read already."""
     this = book(root)
     chapter = next(c for c in this.chapters if c.stem == stem)
-    outputs = stored_outputs(this, chapter)
+    outputs = draft_outputs(chapter) if draft else stored_outputs(this, chapter)
     exports = {export.cell: export for export in chapter.exports}
     page: list[tuple[nbformat.NotebookNode, int]] = []
     for index, cell in enumerate(chapter.cells):
@@ -221,7 +224,8 @@ def configure(app: Any, config: Any) -> None:
     this = book(str(app.srcdir))
     # After myst-nb has seen this setting, which would make source suffixes of these names.
     config.nb_custom_formats = {
-        f"{c.stem}.md": [f"{__name__}.read", {"root": str(app.srcdir), "stem": c.stem}, False] for c in this.chapters
+        f"{c.stem}.md": [f"{__name__}.read", {"root": str(app.srcdir), "stem": c.stem, "draft": config.draft}, False]
+        for c in this.chapters
     }
     config.html_static_path.append(str(ASSETS))
     config.html_theme_options |= {
@@ -290,6 +294,7 @@ def package_folder(name: str) -> Path:
 
 def setup(app: Any) -> dict[str, Any]:
     app.add_config_value("comments_config", {}, "env")  # Jupyter Book sets it for an extension that we do not load
+    app.add_config_value("draft", False, "env")  # show what is stored, stale or not
     app.connect("config-inited", configure, priority=900)
     app.connect("builder-inited", refuse_stale)
     app.connect("source-read", api_page)
@@ -326,13 +331,19 @@ class Tee:
         return getattr(self.stream, name)
 
 
-def build(root: Path, out: Path) -> int:
-    """Build the site afresh beside `out`, and put it there when there was no warning."""
+def build(root: Path, out: Path, draft: list[str] | None = None) -> int:
+    """Build the site afresh beside `out`, and put it there when there was no warning, or it is a draft of pages."""
     from jupyter_book.sphinx import build_sphinx
 
     start = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".site-", dir=out.parent))
+    toc = root / "_toc.yml"
+    if draft:
+        toc = stage / "_toc.yml"
+        pages = [{"file": f"chapters/{name}"} for name in draft]
+        part = {"caption": "Draft", "numbered": True, "chapters": pages}
+        toc.write_text(json.dumps({"format": "jb-book", "root": ROOT_PAGE, "parts": [part]}))  # JSON is YAML
     try:
         with (
             contextlib.redirect_stdout(Tee(sys.stdout, only=r"\[ *\d+%\]")),
@@ -340,8 +351,9 @@ def build(root: Path, out: Path) -> int:
         ):
             status = build_sphinx(
                 root, stage / "html", path_config=root / "_config.yml", noconfig=True, freshenv=True,
-                warningiserror=True, keep_going=True,
-                confoverrides={"external_toc_path": str(root / "_toc.yml"), "latex_individualpages": False},
+                warningiserror=draft is None, keep_going=True,
+                confoverrides={"external_toc_path": str(toc), "latex_individualpages": False,
+                               "draft": draft is not None},
             )
         if status != 0:
             said = re.sub(r"\x1b\[[\d;]*m", "", errors.kept).replace(f"{root}/", "").strip()
@@ -360,13 +372,16 @@ def build(root: Path, out: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m literate.site", description="Build the site; warnings are errors.")
     parser.add_argument("--out", type=Path, help="where the site goes (default: _build/html)")
-    out = parser.parse_args().out
+    parser.add_argument("--draft", nargs="*", metavar="PAGE", help="show stale outputs; warnings are no errors; "
+                        "with names, as 03_momentum, only these pages beside the front page")
+    arguments = parser.parse_args()
+    out = arguments.out
     try:
         root = Book.load().root
     except SourceError as error:
         print(error, file=sys.stderr)
         return 2
-    return build(root, (out or root / "_build/html").resolve())
+    return build(root, (out or root / "_build/html").resolve(), arguments.draft)
 
 
 if __name__ == "__main__":
