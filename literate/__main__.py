@@ -1,4 +1,4 @@
-"""`python -m literate tangle | weave | untangle | check | locate`."""
+"""`python -m literate tangle | weave | untangle | check | race | locate`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("check", help="find where chapters, package and notebooks disagree")
     verb.set_defaults(run=_check)
+
+    verb = verbs.add_parser("race", help="run the race of the front page (minutes; weave does it when it is stale)")
+    verb.set_defaults(run=_race)
 
     verb = verbs.add_parser("locate", help="the chapter line behind a package line, or the reverse")
     verb.add_argument("place", metavar="FILE:LINE")
@@ -96,6 +99,13 @@ def _check(options: argparse.Namespace) -> int:
         print(finding)
     print(f"{len(findings)} to mend" if findings else "chapters, package and notebooks agree")
     return 1 if findings else 0
+
+
+def _race(options: argparse.Namespace) -> int:
+    from literate.race import run
+
+    run(Book.load())
+    return 0
 
 
 def _locate(options: argparse.Namespace) -> int:

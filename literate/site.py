@@ -31,6 +31,7 @@ from sphinx.util import inspect
 from literate.notebook import PLOTLY, PUBLISHED, TICK, draft_outputs, stored_outputs
 from literate.plain import added
 from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, shown
+from literate.weight import copy_mathjax, keep_used_icons
 
 ASSETS = Path(__file__).parent / "assets"
 API = "chapters/api"
@@ -258,6 +259,8 @@ def adjust_page(app: Any, pagename: str, templatename: str, context: dict[str, A
     # docutils' role for a reference is deprecated, and a list has to hold list items; sphinx-exercise repeats an id
     body = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
     context["body"] = re.sub(r'<section id="(\w+-content)">', r'<section class="\1">', body)
+    if 'class="math' not in body:
+        context["script_files"] = [file for file in context["script_files"] if not about_mathematics(file)]
     for group in context.get("header_buttons", []):
         for button in group.get("buttons", []):
             if button.get("text") == "Colab":
@@ -265,17 +268,17 @@ def adjust_page(app: Any, pagename: str, templatename: str, context: dict[str, A
                 button["url"] = button["url"].replace(f"/blob/{branch}/", f"/blob/{PUBLISHED}/")
 
 
+def about_mathematics(file: Any) -> bool:
+    return "mathjax/" in (file.filename or "") or "window.MathJax" in file.attributes.get("body", "")
+
+
 def finish(app: Any, error: Exception | None) -> None:
     """Put MathJax, Plotly, the figures and the plain notebooks beside the pages."""
     if error or app.builder.format != "html":
         return
     static = Path(app.outdir) / "_static"
-    mathjax = package_folder("sphinx-mathjax-offline") / "static/mathjax"
-    for part in ["tex-chtml-full.js", "output/chtml", "a11y", "sre/mathmaps/en.json"]:
-        target = static / "mathjax" / part
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree if (mathjax / part).is_dir() else shutil.copy2
-        copy(mathjax / part, target)
+    copy_mathjax(package_folder("sphinx-mathjax-offline") / "static/mathjax", static, app.config.mathjax3_config)
+    keep_used_icons(Path(app.outdir))
     if figures:
         shutil.copy2(package_folder("plotly") / "package_data/plotly.min.js", static)
         (static / "figures").mkdir()
@@ -305,7 +308,9 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("html-page-context", adjust_page, priority=900)
     app.connect("build-finished", finish)
     app.add_css_file("site.css", priority=900)
+    app.add_css_file("web.css", priority=901)
     app.add_js_file("site.js", loading_method="defer")
+    app.add_js_file("tips.js", loading_method="defer")
     return {"parallel_read_safe": False, "parallel_write_safe": False}
 
 
