@@ -66,6 +66,7 @@ def _tangle(options: argparse.Namespace) -> int:
 
 
 def _weave(options: argparse.Namespace) -> int:
+    from literate import front
     from literate.tangle import tangle
     from literate.weave import select, summary, weave
 
@@ -75,6 +76,10 @@ def _weave(options: argparse.Namespace) -> int:
     results = weave(book, chapters, everything=options.everything, jobs=options.jobs, force=options.force)
     print(summary(results))
     failures = [result.failure for result in results if result.failure]
+    if not failures and not options.chapters and front.shown(book) and front.stale(book):
+        from literate.race import run
+
+        run(book)
     for failure in failures:
         print(f"\n{failure}", file=sys.stderr)
     return 1 if failures else 0
