@@ -72,9 +72,9 @@ def spoken(tex: str) -> str:
 
 def collect(app: Any, doctree: nodes.document, docname: str) -> None:
     title = app.env.titles[docname].astext()
-    number = (re.match(r"chapters/(\d\d)_", docname) or [""])[-1]
+    numbered = re.match(r"chapters/(\d\d)_", docname)
     for entry in sections(docname, doctree):
-        app.env.book_search.append({**entry, "in": f"{number} {title}".strip()})
+        app.env.book_search.append({**entry, "in": f"{numbered[1]} {title}" if numbered else title})
 
 
 def begin(app: Any) -> None:
