@@ -65,8 +65,8 @@ def module(book: Book, name: str) -> str:
         rows.append(row + (f" {facts[public]} |" if with_state else ""))
     out = ["", f"From {origin(pairs)}.", "", "```{eval-rst}", f".. py:module:: {home}", "```", "", *rows]
     if with_state:
-        out += ["", "State is what is kept between two steps for a layer of *out* × *in* weights, read off the optimizer "
-                "after three steps; single numbers are left out, *d* is the number of parameters."]
+        out += ["", "State is what is kept between two steps for a layer of *out* × *in* weights, read off the "
+                "optimizer after three steps; single numbers are left out, *d* is the number of parameters."]
     for public, export in exports.items():
         kind = re.search(rf"^(class|def) {public}\b", export.code, re.MULTILINE)
         out += ["", f"## `{public}`", ""]

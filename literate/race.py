@@ -298,7 +298,7 @@ def run(book: Book) -> None:
                 paths = method(land, begin, [rate * scale for scale in SCALES])
                 when = arrivals(paths, land).tolist()
                 mean = sum(when[SCALES.index(1.0)]) / len(begin)
-                said = f"{land.name:11} {name:17} step {rate:.3g} {words}: {score:.1f} steps, {mean:.1f} from all starts"
+                said = f"{land.name:11} {name:17} step {rate:.3g} {words}: {score:.1f} steps, {mean:.1f} from all"
                 print(said, flush=True)
                 runs = [[packed(paths[:, i, j], when[i][j], land) for j in range(len(begin))]
                         for i in range(len(SCALES))]

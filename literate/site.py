@@ -30,6 +30,8 @@ from sphinx.errors import ExtensionError
 from sphinx.util import inspect
 
 from literate import api, front, search
+from literate.figures import inlined
+from literate.fold import folded
 from literate.notebook import PLOTLY, PUBLISHED, TICK, draft_outputs, stored_outputs
 from literate.plain import added
 from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, shown
@@ -293,7 +295,8 @@ def adjust_page(app: Any, pagename: str, templatename: str, context: dict[str, A
     """Colab opens the branch that carries the published notebooks; edits go to the branch that carries the text."""
     # docutils' role for a reference is deprecated, and a list has to hold list items; sphinx-exercise repeats an id
     body = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
-    context["body"] = re.sub(r'<section id="(\w+-content)">', r'<section class="\1">', body)
+    body = re.sub(r'<section id="(\w+-content)">', r'<section class="\1">', body)
+    context["body"] = inlined(folded(body), app)
     if 'class="math' not in body:
         context["script_files"] = [file for file in context["script_files"] if not about_mathematics(file)]
     for group in context.get("header_buttons", []):
