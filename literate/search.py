@@ -33,7 +33,7 @@ def sections(docname: str, doctree: nodes.document) -> list[Entry]:
         text = re.sub(r"\s+([.,;:)])", r"\1", " ".join(" ".join(prose(section)).split()))
         if text or head:
             found.append({"page": docname, "anchor": "" if head else section["ids"][0], "kind": kind,
-                          "title": " ".join("".join(pieces(title)).split()), "text": text})  # fmt: skip
+                          "title": words(title), "text": text})  # fmt: skip
     return found
 
 
@@ -63,6 +63,10 @@ def pieces(node: nodes.Node) -> Iterator[str]:
     elif not isinstance(node, SILENT):
         for child in node.children:
             yield from pieces(child)
+
+
+def words(title: nodes.Element) -> str:
+    return " ".join("".join(part for child in title.children for part in pieces(child)).split())
 
 
 def spoken(tex: str) -> str:
