@@ -44,6 +44,7 @@ class Landscape:
     output: Callable[[Any, Any], Any]  # of weights (..., 2) and inputs, the outputs (..., N)
     network: Callable[[], Any]  # the same as a module
     loss: Callable[[Any, Any], Any]  # of outputs and targets, one number for each pair
+    factors: Callable[[Any], list[tuple[slice, Any, Any]]]  # of weights, each layer's part of them, A and G
     likelihood: str = "gaussian"
     axes: tuple[str, str] = ("first weight", "second weight")
     start: int = 28  # where the page begins: the upper left of the grid
@@ -86,29 +87,43 @@ def landscapes() -> list[Landscape]:
     def linear(w: Any, x: Any) -> Any:
         return w @ x.T
 
+    def one_layer(x: Any) -> Callable[[Any], Any]:
+        return lambda w: [(slice(0, 2), (x.T @ x / len(x)).expand(*w.shape, 2), torch.ones(w.shape[:-1]))]
+
+    def two_layers(w: Any) -> Any:
+        hidden = torch.tanh(w[..., :1] * line)
+        through = (w[..., 1:] * (1 - hidden.square())).square().mean(-1)
+        first = (slice(0, 1), line.square().mean().expand(*w.shape[:-1], 1, 1), through)
+        return [first, (slice(1, 2), hidden.square().mean(-1)[..., None, None], torch.ones(w.shape[:-1]))]
+
+    def sigmoid_layer(w: Any) -> Any:
+        p = torch.sigmoid(w[..., :1] * scores + w[..., 1:])
+        inputs = torch.stack([scores, torch.ones_like(scores)], -1)
+        return [(slice(0, 2), (inputs.T @ inputs / len(inputs)).expand(*w.shape, 2), (p * (1 - p)).mean(-1))]
+
     one = partial(nn.Linear, 2, 1, bias=False)
     return [
         Landscape(
             "valley", "Narrow valley", "The steep walls forbid a long step, the floor needs one. A memory takes the "
             "square root of the trouble. Curvature removes it: one step.", flat, goal, long_inputs,
-            long_inputs @ torch.tensor(goal), linear, one, square,
+            long_inputs @ torch.tensor(goal), linear, one, square, one_layer(long_inputs),
         ),
         Landscape(
             "bend", "Two layers", "Two layers of one weight each: a saddle on the left, a bent valley on the "
             "right. K-FAC sees each layer alone, and here the layers need each other: it loses.",
             (-0.9, 4.0, -1.0, 2.5), answer, line, answer[1] * torch.tanh(answer[0] * line),
-            lambda w, x: w[..., 1:] * torch.tanh(w[..., :1] * x), TwoLayers, square,
+            lambda w, x: w[..., 1:] * torch.tanh(w[..., :1] * x), TwoLayers, square, two_layers,
         ),
         Landscape(
             "classifier", "Classifier", "A classifier that is wrong and sure of it stands on a plain with hardly any "
             "curvature. There Newton's step is long and blind.", (-5.0, 9.0, -6.0, 4.0), rule, scores,
             torch.sigmoid(logit), lambda w, x: w[..., :1] * x + w[..., 1:], partial(nn.Linear, 1, 1), entropy,
-            "bernoulli", ("weight", "bias"),
+            sigmoid_layer, "bernoulli", ("weight", "bias"),
         ),
         Landscape(
             "bowl", "Round bowl", "Nothing to repair: plain gradient descent arrives in one step, as Newton and K-FAC "
             "do at many times the work. Memory only makes it late.", flat, goal, round_inputs,
-            round_inputs @ torch.tensor(goal), linear, one, square,
+            round_inputs @ torch.tensor(goal), linear, one, square, one_layer(round_inputs),
         ),
     ]  # fmt: skip
 
@@ -162,44 +177,49 @@ def newton(land: Landscape, begin: Any, rates: list[float], damping: float) -> A
 
 
 def kfac(land: Landscape, begin: Any, rates: list[float], damping: float) -> Any:
-    """Some starts at a time as one network of separate parts, whose layers K-FAC preconditions one by one."""
+    """All starts at all rates at once, by the package's equation for a step; `held` compares it with the package."""
+    import torch
+
+    rate = torch.tensor(rates).reshape(-1, 1, 1)
+    w = begin.expand(len(rates), *begin.shape).clone()
+    path = [w]
+    for _ in range(STEPS):
+        w = w.detach().requires_grad_()
+        (g,) = torch.autograd.grad(land(w).sum(), w)
+        w, step = w.detach(), torch.zeros_like(w)
+        for part, A, G in land.factors(w):
+            curvature = G[..., None, None] * A + damping * torch.eye(A.shape[-1])
+            step[..., part] = torch.linalg.solve(curvature.nan_to_num(1.0), g[..., part])
+        w = w - rate * step
+        path.append(w)
+    return torch.stack(path)
+
+
+def held(land: Landscape, begin: Any, rate: float, damping: float) -> None:
+    """Raise where the paths above are not those of `gd.KFAC`: three starts, eight steps."""
     import torch
     from torch import nn
 
     import guided_descent as gd
 
-    class Copies(nn.Module):
-        def __init__(self, some: Any) -> None:
-            super().__init__()
-            self.parts = nn.ModuleList(land.network() for _ in some)
-            for part, w in zip(self.parts, some, strict=True):
-                nn.utils.vector_to_parameters(w.clone(), part.parameters())
-
-        def forward(self, x: Any) -> Any:
-            return torch.cat([part(x) for part in self.parts], -1)
-
-        def weights(self) -> Any:
-            return torch.stack([nn.utils.parameters_to_vector(part.parameters()).detach() for part in self.parts])
-
-    def run(rate: float, some: Any) -> Any:
-        model = Copies(some)
+    few = begin[[0, 10, 24]]
+    ours = kfac(land, few, [rate], damping)[:9, 0]
+    for number, w in enumerate(few):
+        model = land.network()
+        nn.utils.vector_to_parameters(w.clone(), model.parameters())
         method = gd.KFAC(
             model, lr=rate, momentum=0, damping=damping, fisher="type-2", likelihood=land.likelihood, stat_decay=0,
             inverse_update_every=1, kl_clip=math.inf, class_dim=-1, reduction="mean",
         )  # fmt: skip
         x = land.inputs if land.inputs.dim() == 2 else land.inputs[:, None]
-        path = [model.weights()]
-        for _ in range(STEPS):
+        for step in range(1, 9):
             method.zero_grad()
-            land.loss(model(x).T, land.targets).mean(-1).sum().backward()
+            land.loss(model(x)[:, 0], land.targets).mean().backward()
             method.step()
-            path.append(model.weights())
-            if not (path[-1] - path[-2]).abs().max() > 1e-6:  # arrived, stuck, or no number
-                break
+            theirs = nn.utils.parameters_to_vector(model.parameters()).detach()
+            if not torch.allclose(ours[step, number], theirs, rtol=1e-8, atol=1e-8):
+                raise AssertionError(f"{land.name}, step {step}: K-FAC at {theirs}, the race at {ours[step, number]}")
         method.detach()
-        return torch.stack(path + [path[-1]] * (STEPS + 1 - len(path)))
-
-    return torch.stack([torch.cat([run(rate, some) for some in begin.split(6)], 1) for rate in rates], 1)
 
 
 def contestants() -> Iterator[tuple[str, str, str, list[float], list[tuple[str, Callable[..., Any]]]]]:
@@ -210,7 +230,7 @@ def contestants() -> Iterator[tuple[str, str, str, list[float], list[tuple[str, 
         return partial(elementwise, lambda groups: optimizer(groups, engine="loop", **options))
 
     wide = [2.0 ** (k / 2) for k in range(-8, 13)]
-    short = [0.5, 0.7, 1.0]
+    short = [0.25, 0.35, 0.5, 0.7, 1.0]
     memories, dampings = (0.5, 0.8, 0.9), (1e-3, 1e-2, 1e-1)
     yield "sgd", "Gradient descent", "01", wide, [("", first_order(gd.SGD))]
     yield "momentum", "Momentum", "03", wide, [(f"β = {b}", first_order(gd.SGD, momentum=b)) for b in memories]
@@ -289,6 +309,7 @@ def run(book: Book) -> None:
         out = []
         for land in landscapes():
             begin, entries = starts(land.frame), []
+            held(land, begin, 0.5, 1e-2)
             for key, name, chapter, grid, choices in contestants():
                 tried = []
                 for words, method in choices:

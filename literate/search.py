@@ -13,6 +13,7 @@ from sphinx import addnodes
 
 from literate.api import OVERVIEW
 
+BIBLIOGRAPHY = "chapters/bibliography"
 SILENT = (nodes.literal_block, nodes.math_block, nodes.raw, nodes.comment, nodes.image, nodes.target, nodes.title,
           addnodes.desc_signature, addnodes.toctree)  # fmt: skip
 GREEK = dict(zip(
@@ -23,7 +24,7 @@ Entry = dict[str, Any]
 
 def sections(docname: str, doctree: nodes.document) -> list[Entry]:
     """The sections of a page, each with its own prose."""
-    kind = "package" if docname.startswith(OVERVIEW) else ""
+    kind = "package" if docname.startswith(OVERVIEW) else "papers" if docname == BIBLIOGRAPHY else ""
     found = []
     for section in doctree.findall(nodes.section):
         title = next(iter(section.findall(nodes.title)), None)
@@ -57,7 +58,7 @@ def hidden(node: nodes.Node) -> bool:
 def pieces(node: nodes.Node) -> Iterator[str]:
     """The words of a paragraph; of its formulas, what can be read aloud."""
     if isinstance(node, nodes.Text):
-        yield node.astext()
+        yield re.sub(r"\$([^$]+)\$", lambda m: spoken(m[1]), node.astext())  # a title of the bibliography
     elif isinstance(node, nodes.math):
         yield spoken(node.astext())
     elif not isinstance(node, SILENT):
