@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from literate import notebook, pieces
+from literate import front, notebook, pieces
 from literate.depend import code_cells, magics, syntax
 from literate.myst import SourceError, directive, parse
 from literate.plain import Plain, figure_caption
@@ -38,6 +38,10 @@ def check(book: Book) -> list[Finding]:
     """Everything that is not as it should be, in order of file and line."""
     checked: set[str] = set()
     findings = [*_package(book), *_contents(book)]
+    try:
+        front.stored(book) if front.shown(book) else None
+    except SourceError as error:
+        findings.append(Finding(error.file, error.line, error.message))
     for chapter in book.chapters:
         findings += _text(book, chapter)
         findings += _code(book, chapter)

@@ -105,11 +105,22 @@ async function draw(plot) {
   plot.dataset.drawn = "true";
 }
 
-async function figures() {
+// Plotly is fetched when the first figure nears the screen; a figure is drawn when it does. Printing draws them all.
+function figures() {
   const plots = [...document.querySelectorAll(".bd-article .gd-plotly")];
-  if (!plots.length) return;
-  await script("plotly.min.js");
-  for (const plot of plots) await draw(plot);
+  let library = null;
+  let queue = Promise.resolve();
+  const near = new IntersectionObserver((entries) => entries.forEach((e) => e.isIntersecting && start(e.target)),
+    { rootMargin: "900px 0px" });
+  function start(plot) {
+    near.unobserve(plot);
+    if (plot.dataset.begun) return;
+    plot.dataset.begun = "true";
+    library ??= script("plotly.min.js");
+    queue = queue.then(() => library).then(() => draw(plot));
+  }
+  plots.forEach((plot) => near.observe(plot));
+  addEventListener("beforeprint", () => plots.forEach(start));
 }
 
 /* ---------------------------------------------------------------- folded code */

@@ -115,6 +115,7 @@ def watch(page: Page, address: str) -> Visit:
 def settle(page: Page) -> None:
     """Wait for the mathematics and the figures."""
     page.evaluate("() => window.MathJax?.startup?.promise?.then(() => true)")
+    page.evaluate("() => { dispatchEvent(new Event('beforeprint')); }")  # else a figure waits until it is near
     page.wait_for_function("() => [...document.querySelectorAll('.bd-article .gd-plotly')].every(p => p.dataset.drawn)")
 
 
@@ -131,11 +132,11 @@ def visits(browser: Browser, site: Path, address: str) -> dict[str, Visit]:
     """Each page once: opened on a phone, widened to a desktop, turned dark."""
     result = {}
     context = browser.new_context()
-    for path in sorted(site.glob("chapters/*.html")):
+    for path in sorted([*site.glob("chapters/*.html"), *site.glob("chapters/api/[ks]*.html")]):
         page = context.new_page()
         page.set_viewport_size(PHONE)
         visit = result[path.stem] = watch(page, address)
-        page.goto(f"{address}/chapters/{path.name}")
+        page.goto(f"{address}/{path.relative_to(site)}")
         settle(page)
         visit.seen = {
             "prose": page.evaluate(PROSE),
