@@ -41,7 +41,8 @@ THIN = """() => {
   [...document.querySelectorAll('.bd-article dl.py')].slice(12).forEach(e => e.remove());
 }"""
 BROKEN_IMAGES = """() => [...document.images].filter(i => !i.complete || !i.naturalWidth ||
-  (i.closest('.bd-article') && !i.alt.trim())).map(i => i.src)"""
+  (i.closest('.bd-article') && !i.alt.trim())).map(i => i.src).concat(
+  [...document.querySelectorAll('.gd-figure')].filter(f => !f.ariaLabel?.trim()).map(f => f.outerHTML.slice(0, 200)))"""
 
 
 @dataclass
