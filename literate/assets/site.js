@@ -76,13 +76,34 @@ function rangeFor(slider, plot, name) {
   return { box, show };
 }
 
+// A narrow screen may arrange the panels differently: layout.meta.narrow holds what it changes, by path ("xaxis.domain").
+function arranged(layout, narrow) {
+  const result = structuredClone(layout);
+  for (const [path, value] of Object.entries((narrow && layout.meta?.narrow) || {})) {
+    const keys = path.split("."), last = keys.pop();
+    keys.reduce((part, key) => (part[key] ??= {}), result)[last] = value;
+  }
+  return result;
+}
+
+// A point whose customdata is [i, j, …] stands for a position of each slider: a click on it moves them there.
+function pick(plot, ranges) {
+  plot.on("plotly_click", ({ points: [point] }) => {
+    if (!Array.isArray(point?.customdata)) return;
+    point.customdata.forEach((position, n) => {
+      ranges[n].value = position;
+      ranges[n].dispatchEvent(new Event("input"));
+    });
+  });
+}
+
 async function draw(plot) {
   const name = plot.dataset.figure;
   await script(`figures/${name}.js`);
   const { data, layout = {}, frames = [] } = window.guidedDescentFigures[name];
-  const { sliders = [], updatemenus, width, ...rest } = layout;
   const original = structuredClone(data);  // Plotly writes into what it is given
   const narrow = plot.clientWidth < 560;
+  const { sliders = [], updatemenus, width, ...rest } = arranged(layout, narrow);
   const touch = matchMedia("(hover: none)").matches;  // there a drag scrolls the page, not the axes
   await window.Plotly.newPlot(plot, data, {
     ...rest,
@@ -95,11 +116,14 @@ async function draw(plot) {
   if (frames.length) await window.Plotly.addFrames(plot, frames);
   const recolour = () => window.Plotly.update(plot, inks(original), ink(layout));
   await recolour();
+  const ranges = [];
   for (const [n, slider] of sliders.entries()) {
     const { box, show } = rangeFor(slider, plot, `${name}-${n}`);
+    ranges.push(box.querySelector("input"));
     plot.after(box);
     await show();
   }
+  pick(plot, ranges);
   new MutationObserver(recolour)
     .observe(root, { attributes: true, attributeFilter: ["data-theme"] });
   plot.dataset.drawn = "true";
