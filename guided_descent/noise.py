@@ -1,6 +1,6 @@
 # Generated from chapters/02_stochastic_gradients.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head da81f9fa
+# %% head 9ac8dfc9
 """Chapter 02, Stochastic gradients."""
 
 __all__ = [
@@ -242,15 +242,15 @@ def noise_ball(H: Tensor, noise: Tensor, lr: float) -> NoiseBall:
     return NoiseBall(U @ V @ U.T, (lam * V.diagonal()).sum() / 2)
 
 
-# %% 02_stochastic_gradients sec-noise-ball 3 ed915199
+# %% 02_stochastic_gradients sec-noise-ball 3 d96439fd
 def expected_loss(
     spectrum: Tensor, noise: Tensor, start: Tensor, lrs: Iterable[float | Tensor]
 ) -> Tensor:
     """The expected loss of SGD on a noisy quadratic, before the first and after every
     step, without simulation.
 
-    Per eigen-direction: ``E e_i² ← (1 − lr·λ_i)² E e_i² + lr² σ_i²``; the loss is ``½ Σ
-    λ_i E e_i²``.
+    Per eigen-direction: ``E e_i² ← (1 − lr·λ_i)² E e_i² + lr² σ_i²``.
+    The loss is ``½ Σ λ_i E e_i²``.
 
     Args:
         spectrum: Eigenvalues λ_i of the Hessian, ``(d,)``.
