@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e3354007
+# %% head 120bc455
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -10,10 +10,11 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-capture 5 7e5f20cd
+# %% 23_machinery sec-capture 5 ead0cb82
 import copy
 import dataclasses
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -31,7 +32,9 @@ from guided_descent.likelihoods import LIKELIHOODS, check_no_classes, class_axis
 #: Whose gradients are captured; see ``Capture``.
 FisherType = Literal["mc", "type-2", "empirical", "none"]
 #: What the model's output means; see ``Capture``.
-LikelihoodType = Literal["categorical", "gaussian", "bernoulli"] | Callable[[Tensor], Tensor]
+LikelihoodType = (
+    Literal["categorical", "gaussian", "bernoulli"] | Callable[[Tensor], Tensor]
+)
 
 
 # %% 23_machinery sec-capture 6 577839e1
@@ -68,7 +71,7 @@ def _features_last(module: nn.Module, y: Tensor) -> Tensor:
     return y.movedim(1, -1) if isinstance(module, KINDS["conv"] + KINDS["scale"]) else y
 
 
-# %% 23_machinery sec-capture 7 78d5ce94
+# %% 23_machinery sec-capture 7 cb5ae745
 #: The pass whose sampled gradients are on their way through a model, that no other capture
 #: may take for its own.
 _SAMPLING: "weakref.WeakKeyDictionary[nn.Module, _Pass]" = weakref.WeakKeyDictionary()
@@ -81,8 +84,8 @@ class _Pass:
         self.capture = capture
         self.examples = self.rows = 1
         self.expected = 0  # gradients that each use of a layer waits for; zero: none
-        self.uses: dict[Layer, int] = {}
-        self.ready: dict[Layer, list[tuple[Tensor, Tensor | None]]] = {}
+        self.uses: dict[Layer, int] = defaultdict(int)
+        self.ready: dict[Layer, list[tuple[Tensor, Tensor | None]]] = defaultdict(list)
         self.anchors: dict[torch.device, Tensor] = {}
 
     def anchor(self, device: torch.device) -> Tensor:
@@ -102,9 +105,8 @@ class _Pass:
 
     def finish(self, layer: Layer, a: Tensor, g: Tensor | None) -> None:
         """Hand a pair over, once all uses of a tied weight have come in."""
-        pairs = self.ready.setdefault(layer, [])
-        pairs.append((a, g))
-        if len(pairs) == self.uses[layer]:
+        self.ready[layer].append((a, g))
+        if len(self.ready[layer]) == self.uses[layer]:
             self.hand_over(layer)
 
     def hand_over(self, layer: Layer) -> None:
@@ -120,15 +122,13 @@ class _Pass:
 
     def sample(self, root: GradientEdge, output: Tensor) -> None:
         """Send gradients from the output through the graph, which the user's still needs."""
-        c = self.capture
+        c, options = self.capture, {"retain_graph": True, "allow_unused": True}
         self.expected = c.samples if c.fisher == "mc" else output[0].numel()
         outer = _SAMPLING.get(c.model)
         _SAMPLING[c.model] = self
         try:
             for v in c.cotangents(output):
-                leaves = list(self.anchors.values())
-                options = {"retain_graph": True, "allow_unused": True}
-                torch.autograd.grad([root], leaves, [v], **options)
+                torch.autograd.grad([root], list(self.anchors.values()), [v], **options)
         finally:
             self.expected = 0
             _SAMPLING.pop(c.model)
@@ -139,30 +139,21 @@ class _Pass:
 
 
 class _Use:
-    """One call of a module in a pass: its input, and the gradients that have come back.
+    """One call of a module in a pass: its input, and the gradients that have come back."""
 
-    Args:
-        at: The pass.
-        module: The module called.
-        sites: The layers behind it.
-        x: The input.
-        time_first: Whether the leading dimensions are (time, examples).
-    """
+    time_first = False  # leading dimensions are (time, examples): inside attention
 
-    def __init__(
-        self,
-        at: _Pass,
-        module: nn.Module,
-        sites: list[Site],
-        x: Tensor,
-        time_first: bool = False,
-    ) -> None:
-        self.at, self.module, self.sites, self.time_first = at, module, sites, time_first
+    def __init__(self, at: _Pass, module: nn.Module, sites: list[Site], x: Tensor):
+        self.at, self.module, self.sites = at, module, sites
         self.x: Tensor | None = x.detach()
         self.version = 0 if x.is_inference() else x._version
         self.gradients: list[Tensor] = []
         for site in sites:
-            at.uses[site.layer] = at.uses.get(site.layer, 0) + 1
+            at.uses[site.layer] += 1
+
+    def tap(self, y: Tensor) -> Tensor:
+        """The module's output, watched."""
+        return _Tap.apply(y, self.at.anchor(y.device), self)
 
     def receive(self, g: Tensor | None) -> None:
         """What the tap does with a gradient by the module's output."""
@@ -185,30 +176,30 @@ class _Use:
         if not x.is_inference() and x._version != self.version:
             raise RuntimeError(
                 f"the input of layer {self.sites[0].layer.name!r} was changed in place "
-                "between forward and backward, so its statistics would be wrong; use the "
-                "operation that is not in place"
+                "between forward and backward; use the operation that is not in place"
             )
-        gradients, self.gradients, self.x = self.gradients, [], None
-        gradients = [_features_last(self.module, g) for g in gradients]
-        if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
-            real = (x != self.module.padding_idx).unsqueeze(-1)
+        gradients = [_features_last(self.module, g) for g in self.gradients]
+        self.gradients, self.x = [], None
+        if (padding := getattr(self.module, "padding_idx", None)) is not None:
+            real = (x != padding).unsqueeze(-1)
             gradients = [g * real for g in gradients]
-        shared: tuple[Any, Tensor] | None = None
+        arranged: dict[Any, Tensor] = {}
         for layer, _, channels, features in self.sites:
-            key = (channels, layer.weight is None, layer.bias is None)
-            if shared is None or shared[0] != key:
+            key = (str(channels), layer.weight is None, layer.bias is None)
+            if key not in arranged:
                 x_of = self.inputs(layer, x, channels)
-                shared = key, self.at.arrange(x_of, self.time_first)
-            a, g, N = shared[1], None, self.at.examples
+                arranged[key] = self.at.arrange(x_of, self.time_first)
+            a, g, N = arranged[key], None, self.at.examples
             if len(a) != N and self.at.capture.fisher in ("type-2", "empirical"):
                 raise ValueError(
                     f"layer {layer.name!r} is called once for all examples (input "
-                    f"{tuple(x.shape)}), so the gradients of an example are not to be had; "
-                    "repeat the input for each example, or use fisher='mc'"
+                    f"{tuple(x.shape)}), which hides each example's gradient; repeat the "
+                    "input for each example, or use fisher='mc'"
                 )
             if gradients:
-                split = [self.at.arrange(g[..., features], self.time_first) for g in gradients]
-                g = split[0].unsqueeze(0) if len(split) == 1 else torch.stack(split)
+                parts = [g[..., features] for g in gradients]
+                parts = [self.at.arrange(g, self.time_first) for g in parts]
+                g = parts[0][None] if len(parts) == 1 else torch.stack(parts)
                 g = g if len(a) == N else g * (len(a) / N) ** 0.5
             self.at.finish(layer, a.squeeze(-1) if layer.kind == "embedding" else a, g)
 
@@ -217,7 +208,8 @@ class _Use:
         if layer.kind == "embedding":
             return x.unsqueeze(-1)
         if layer.kind == "scale":
-            return _features_last(self.module, _normalised(self.module, x.to(wide(x.dtype))))
+            y = _normalised(self.module, x.to(wide(x.dtype)))
+            return _features_last(self.module, y)
         window = 1
         if layer.kind == "conv":
             window += len(self.module.kernel_size)
@@ -233,7 +225,7 @@ class _Use:
         return made
 
 
-# %% 23_machinery sec-capture 8 1091c38c
+# %% 23_machinery sec-capture 8 045abe97
 class _Tap(torch.autograd.Function):
     """The identity behind a layer's output: what comes back is the gradient by it."""
 
@@ -267,10 +259,8 @@ class _Root:
         if output is None:
             return
         if output._version != self.version:
-            raise RuntimeError(
-                "the model's output was changed in place after the forward call, and its "
-                "likelihood with it; use the operation that is not in place"
-            )
+            remedy = "use the operation that is not in place"
+            raise RuntimeError(f"the model's output was changed in place; {remedy}")
         capture = self.at.capture
         capture.examine(output, g)
         self.at.rows = capture.rows_of(output)
@@ -295,7 +285,7 @@ class _RootTap(torch.autograd.Function):
         return g, None, None
 
 
-# %% 23_machinery sec-capture 9 169ef322
+# %% 23_machinery sec-capture 9 7606a6e3
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """What a model returned, a function applied to each tensor; containers are copied."""
     if isinstance(output, Tensor):
@@ -306,8 +296,8 @@ def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
             made[key] = _mapped(value, function)
         return made
     if isinstance(output, tuple | list):
-        items = [_mapped(value, function) for value in output]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+        items, make = [_mapped(value, function) for value in output], type(output)
+        return make(*items) if hasattr(output, "_fields") else make(items)
     if dataclasses.is_dataclass(output):
         made = copy.copy(output)
         for field in dataclasses.fields(output):
@@ -324,8 +314,9 @@ class _Hook:
         self.capture, self.method, self.args = weakref.ref(capture), method, args
 
     def __call__(self, *args: Any) -> Any:
-        capture = self.capture()
-        return None if capture is None else getattr(capture, self.method)(*self.args, *args)
+        if (capture := self.capture()) is not None:
+            return getattr(capture, self.method)(*self.args, *args)
+        return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Inert, ()
@@ -419,21 +410,14 @@ class Capture:
         if not callable(likelihood):
             check_choice("likelihood", likelihood, LIKELIHOODS)
         elif fisher == "type-2":
-            raise ValueError(
-                "fisher='type-2' needs a likelihood by name, not a callable; use fisher='mc'"
-            )
+            raise ValueError("fisher='type-2' needs a likelihood by name; use 'mc'")
         check_range("samples", samples, "[1, inf) int")
         if isinstance(model, nn.DataParallel):
-            raise ValueError(
-                "nn.DataParallel is not supported: its replicas differ; use "
-                "DistributedDataParallel"
-            )
+            raise ValueError("nn.DataParallel is refused; use DistributedDataParallel")
         for name, p in model.named_parameters():
             if isinstance(p, nn.parameter.UninitializedParameter):
-                raise ValueError(
-                    f"parameter {name!r} has no shape yet; run a forward call before you "
-                    "build this"
-                )
+                remedy = "run a forward call before you build this"
+                raise ValueError(f"parameter {name!r} has no shape yet; {remedy}")
         self.model, self.consume, self.fisher = model, consume, fisher
         self.likelihood, self.samples, self.generator = likelihood, samples, generator
         self.output, self.class_dim = output, class_dim
@@ -444,12 +428,11 @@ class Capture:
         self.seen: dict[str, Any] = {}
         self.clear()
         self._axes: dict[int, int] = {}  # of the classes, by number of dimensions
-        chosen = {id(p) for p in (model.parameters() if parameters is None else parameters)}
-        needed = {id(p) for p in model.parameters() if p.requires_grad and id(p) in chosen}
+        chosen = set(map(id, model.parameters() if parameters is None else parameters))
+        needed = {id(p) for p in model.parameters() if p.requires_grad} & chosen
         self.layers, self._sites = find_layers(model, needed)
-        covered = {id(p) for layer in self.layers for p in layer.parameters}
-        named = model.named_parameters()
-        self.rest = [(n, p) for n, p in named if id(p) in needed - covered]
+        missed = needed - {id(p) for layer in self.layers for p in layer.parameters}
+        self.rest = [(n, p) for n, p in model.named_parameters() if id(p) in missed]
         self._attach()
 
     def clear(self) -> None:
@@ -461,17 +444,19 @@ class Capture:
         self._stack: list[_Pass | None] = []
         self._linear: list[Any] = []
         self._handles: list[Any] = []
+
+        def around(module: nn.Module, before: _Hook, after: _Hook) -> None:
+            self._handles.append(module.register_forward_pre_hook(before))
+            self._handles.append(module.register_forward_hook(after, always_call=True))
+
         for module, sites in self._sites:
             if isinstance(module, nn.MultiheadAttention):
-                before, after = _Hook(self, "_attend", sites), _Hook(self, "_attended")
-                self._handles.append(module.register_forward_pre_hook(before))
-                self._handles.append(module.register_forward_hook(after, always_call=True))
+                around(module, _Hook(self, "_attend", sites), _Hook(self, "_attended"))
             else:
-                hook = _Hook(self, "_called", sites)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        model, enter, leave = self.model, _Hook(self, "_enter"), _Hook(self, "_leave")
-        self._handles.append(model.register_forward_pre_hook(enter))
-        self._handles.append(model.register_forward_hook(leave, always_call=True))
+                called = _Hook(self, "_called", sites)
+                hook = module.register_forward_hook(called, with_kwargs=True)
+                self._handles.append(hook)
+        around(self.model, _Hook(self, "_enter"), _Hook(self, "_leave"))
 
     def detach(self) -> None:
         """Remove every hook; to do so twice does no harm."""
@@ -494,23 +479,22 @@ class Capture:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module is not self.model:
-            raise RuntimeError(
-                "a replica of the model was called; use DistributedDataParallel, not "
-                "nn.DataParallel"
-            )
+            remedy = "use DistributedDataParallel, not nn.DataParallel"
+            raise RuntimeError(f"a replica of the model was called; {remedy}")
         wrapper = DistributedDataParallel._get_active_ddp_module()
-        self.process_group = self.process_group or getattr(wrapper, "process_group", None)
+        if self.process_group is None:
+            self.process_group = getattr(wrapper, "process_group", None)
         outer = self._stack[-1] if self._stack else None
-        plain = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+        functional = torch._C._are_functorch_transforms_active()
+        plain = torch.is_grad_enabled() and not functional
         if plain and outer is None and self.entered is not None:
             self.entered()
         self._stack.append(outer or (_Pass(self) if plain else None))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         at = self._stack.pop() if self._stack else None
-        if at is None or at in self._stack or output is None:
-            return None
-        if self.recording and not at.uses:
+        idle = at is None or at in self._stack or self.recording and not at.uses
+        if idle or output is None:
             return None
         value = self._likelihood_of(output)
         if value is None:
@@ -523,9 +507,11 @@ class Capture:
         root = _Root(at, value)
         if value.ndim not in self._axes:  # the loss may have been computed in the model
             value.register_hook(_Late(at, root.output))
-        mapped = _mapped(
-            output, lambda y: _RootTap.apply(y, root, y is value) if y.requires_grad else y
-        )
+
+        def watched(y: Tensor) -> Tensor:
+            return _RootTap.apply(y, root, y is value) if y.requires_grad else y
+
+        mapped = _mapped(output, watched)
         if mapped is output:
             raise ValueError(
                 f"the model returned a {type(output).__name__} without a tensor that can be "
@@ -544,22 +530,21 @@ class Capture:
         else:
             inside = output.values() if isinstance(output, Mapping) else output
             inside = list(inside) if isinstance(inside, Iterable) else [output]
-            alive = [x for x in inside if isinstance(x, Tensor) and x.requires_grad and x.ndim]
+            tensors = [x for x in inside if isinstance(x, Tensor) and x.ndim]
+            alive = [x for x in tensors if x.requires_grad]
             value = alive[0] if len(alive) == 1 else None
         choice = self.likelihood == "categorical" and self.fisher in ("mc", "type-2")
-        if not isinstance(value, Tensor) or value.ndim < (2 if choice else 1):
-            given = tuple(value.shape) if isinstance(value, Tensor) else type(output).__name__
+        found = isinstance(value, Tensor)
+        given = tuple(value.shape) if found else type(output).__name__
+        if not found or value.ndim < (2 if choice else 1):
             raise ValueError(
                 f"the model returned {given}, and which tensor of shape (N, …) in it "
                 f"likelihood={self.likelihood!r} speaks of is not evident; pass output=, a "
                 "function from what the model returns to that tensor"
             )
         if choice and value[0].numel() == 1:
-            raise ValueError(
-                f"the model returned {tuple(value.shape)}, one class, so "
-                "likelihood='categorical' has no curvature; pass likelihood='gaussian' or "
-                "'bernoulli'"
-            )
+            told = f"the model returned {given}, one class, which has no curvature"
+            raise ValueError(f"{told}; pass likelihood='gaussian' or 'bernoulli'")
         return value if value.requires_grad and value.numel() else None
 
     def examine(self, f: Tensor, g: Tensor | None) -> None:
@@ -623,18 +608,21 @@ class Capture:
                 v[:, place] = kind.root(z[:, place], c)
                 yield shaped(v)
 
+    def _current(self) -> _Pass | None:
+        return self._stack[-1] if self._stack and self.recording else None
+
     def _called(
         self, sites: list[Site], module: nn.Module, args: Any, kwargs: Any, y: Tensor
     ) -> Tensor | None:
-        at = self._stack[-1] if self._stack and self.recording else None
+        at = self._current()
         if at is None or not y.requires_grad:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        return _Tap.apply(y, at.anchor(y.device), _Use(at, module, sites, x))
+        return _Use(at, module, sites, x).tap(y)
 
     def _attend(self, sites: list[Site], module: nn.Module, args: Any) -> None:
         """Watch ``F.linear`` while attention runs: it calls its projections as functions."""
-        at, linear = self._stack[-1] if self._stack and self.recording else None, F.linear
+        at, linear = self._current(), F.linear
 
         def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             y = linear(x, weight, bias)
@@ -650,8 +638,9 @@ class Capture:
                         mine.append(site._replace(channels=slice(None), features=there))
             if at is None or not mine or not y.requires_grad:
                 return y
-            use = _Use(at, module, mine, x, time_first=True)
-            return _Tap.apply(y, at.anchor(y.device), use)
+            use = _Use(at, module, mine, x)
+            use.time_first = True
+            return use.tap(y)
 
         self._linear.append(linear)
         F.linear = watched if at is not None else linear
@@ -673,15 +662,17 @@ class _Late:
     @torch.no_grad()
     def __call__(self, g: Tensor) -> None:
         capture, output = self.at.capture, self.output
-        if self.output is not None and capture.model not in _SAMPLING:
-            self.output = None
-            if output.ndim not in capture._axes:
-                used = capture._axis(output)
-                capture.examine(output, g)
-                if (axis := capture._axes.get(output.ndim, used)) != used:
-                    del capture._axes[output.ndim]
-                    raise ValueError(
-                        f"the classes lie on axis {axis} of the outputs of shape "
-                        f"{tuple(output.shape)}, which shows too late where the model "
-                        f"computes its own loss; pass class_dim={axis}"
-                    )
+        if output is None or capture.model in _SAMPLING:
+            return
+        self.output = None
+        if output.ndim in capture._axes:
+            return
+        used = capture._axis(output)
+        capture.examine(output, g)
+        if (axis := capture._axes.get(output.ndim, used)) != used:
+            del capture._axes[output.ndim]
+            raise ValueError(
+                f"the classes lie on axis {axis} of the outputs of shape "
+                f"{tuple(output.shape)}, which shows too late where the model computes its "
+                f"own loss; pass class_dim={axis}"
+            )

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head dc11280d
+# %% head 47d42cd4
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -100,7 +100,7 @@ class Layer:
         return like[self._rows].T if self.transposed else like[self._rows].flatten(1)
 
 
-# %% 23_machinery sec-capture 3 ad3e2ef9
+# %% 23_machinery sec-capture 3 d652d7b0
 #: What is known by its class. A subclass with a ``forward`` of its own is not.
 KINDS = {
     "linear": (nn.Linear,),
@@ -135,12 +135,13 @@ def multiplies(module: nn.Module) -> tuple[str, bool] | None:
     own = dict(module.named_parameters())
     weight, bias = own.get("weight"), own.get("bias")
     others = own.keys() - {"weight", "bias"} or list(module.buffers())
-    if others or not isinstance(weight, Parameter) or weight.ndim != 2 or weight.is_meta:
+    if others or weight is None or weight.ndim != 2 or weight.is_meta:
         return None
     # In place of its own numbers, that may be zero, or symmetric.
     trial = {name: _numbers(*p.shape, like=p) for name, p in own.items()}
     weight, bias = trial["weight"], trial.get("bias")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _reparametrize_module(module, trial):
+    aside = torch.random.fork_rng(devices=[])
+    with torch.no_grad(), aside, _reparametrize_module(module, trial):
         for transposed in (False, True):
             matrix = weight.T if transposed else weight
             x = _numbers(4, matrix.shape[1], like=weight)
@@ -157,7 +158,7 @@ def multiplies(module: nn.Module) -> tuple[str, bool] | None:
 
 
 def _numbers(*shape: int, like: Tensor) -> Tensor:
-    return torch.arange(math.prod(shape), device=like.device).cos().view(shape).to(like.dtype)
+    return torch.arange(math.prod(shape), device=like.device).cos().view(shape).to(like)
 
 
 # %% 23_machinery sec-capture 4 05e6eba6

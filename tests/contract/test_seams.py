@@ -277,7 +277,7 @@ def test_turns_are_over_all_groups_and_go_on_after_a_load(engine):
     run(first, params, range(3))
     second.load_state_dict(first.state_dict())
     torch.testing.assert_close(run(second, params, range(3, 8)), expected, rtol=0, atol=0)
-    due = [first._due(first, group) for group in first.param_groups]
+    due = [first._due(group) for group in first.param_groups]
     assert len(set.union(*due)) == 1  # four matrices, four steps, two groups
 
 
