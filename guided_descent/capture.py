@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 120bc455
+# %% head d0bc8615
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -37,7 +37,7 @@ LikelihoodType = (
 )
 
 
-# %% 23_machinery sec-capture 6 577839e1
+# %% 23_machinery sec-capture 6 d3ca8de0
 def _windows(module: nn.Module, x: Tensor) -> Tensor:
     """What a convolution's weight multiplies, a view: (N, *places, C, *window)."""
     x = x if x.ndim > len(module.kernel_size) + 1 else x.unsqueeze(0)
@@ -50,7 +50,7 @@ def _windows(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """What a norm layer's weight multiplies: its output, were weight one and bias zero."""
+    """What a norm layer's weight multiplies: its output at weight one, bias zero."""
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.RMSNorm):
@@ -63,7 +63,7 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _features_last(module: nn.Module, y: Tensor) -> Tensor:
-    """What has the shape of a module's output, with the features as its last dimension."""
+    """A tensor shaped like a module's output, with the features last."""
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return y.flatten(-len(module.normalized_shape))
     if isinstance(module, KINDS["conv"]):
@@ -71,14 +71,14 @@ def _features_last(module: nn.Module, y: Tensor) -> Tensor:
     return y.movedim(1, -1) if isinstance(module, KINDS["conv"] + KINDS["scale"]) else y
 
 
-# %% 23_machinery sec-capture 7 cb5ae745
-#: The pass whose sampled gradients are on their way through a model, that no other capture
-#: may take for its own.
+# %% 23_machinery sec-capture 7 b4131362
+#: The pass whose sampled gradients are on their way through a model, that no other
+#: capture may take for its own.
 _SAMPLING: "weakref.WeakKeyDictionary[nn.Module, _Pass]" = weakref.WeakKeyDictionary()
 
 
 class _Pass:
-    """One forward call of the model: its examples, and what its taps do with gradients."""
+    """One forward call of the model, and what its taps do with gradients."""
 
     def __init__(self, capture: "Capture") -> None:
         self.capture = capture
@@ -89,13 +89,13 @@ class _Pass:
         self.anchors: dict[torch.device, Tensor] = {}
 
     def anchor(self, device: torch.device) -> Tensor:
-        """A leaf that all taps hang on: its gradient reaches every tap and no weight."""
+        """A leaf that all taps hang on: its gradient meets all taps and no weight."""
         if device not in self.anchors:
             self.anchors[device] = torch.zeros((), device=device, requires_grad=True)
         return self.anchors[device]
 
     def arrange(self, x: Tensor, time_first: bool) -> Tensor:
-        """(…, d) as (examples, places, d); (1, places, d) where examples share the call."""
+        """(…, d) as (examples, places, d); (1, places, d) where they share the call."""
         n, total = self.examples, x.shape[:-1].numel()
         if time_first and x.ndim == 2 and total % n == 0:
             x = x.unflatten(0, (-1, n))
@@ -121,7 +121,7 @@ class _Pass:
                 self.capture.consume(layer, a, g)
 
     def sample(self, root: GradientEdge, output: Tensor) -> None:
-        """Send gradients from the output through the graph, which the user's still needs."""
+        """Send gradients through the graph, which the user's still needs."""
         c, options = self.capture, {"retain_graph": True, "allow_unused": True}
         self.expected = c.samples if c.fisher == "mc" else output[0].numel()
         outer = _SAMPLING.get(c.model)
@@ -139,7 +139,7 @@ class _Pass:
 
 
 class _Use:
-    """One call of a module in a pass: its input, and the gradients that have come back."""
+    """One call of a module: its input, and the gradients that have come back."""
 
     time_first = False  # leading dimensions are (time, examples): inside attention
 
@@ -193,8 +193,8 @@ class _Use:
             if len(a) != N and self.at.capture.fisher in ("type-2", "empirical"):
                 raise ValueError(
                     f"layer {layer.name!r} is called once for all examples (input "
-                    f"{tuple(x.shape)}), which hides each example's gradient; repeat the "
-                    "input for each example, or use fisher='mc'"
+                    f"{tuple(x.shape)}), which hides each example's gradient; repeat "
+                    "the input for each example, or use fisher='mc'"
                 )
             if gradients:
                 parts = [g[..., features] for g in gradients]
@@ -285,9 +285,9 @@ class _RootTap(torch.autograd.Function):
         return g, None, None
 
 
-# %% 23_machinery sec-capture 9 7606a6e3
+# %% 23_machinery sec-capture 9 7e785e56
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """What a model returned, a function applied to each tensor; containers are copied."""
+    """What a model returned, a function of each tensor; containers are copied."""
     if isinstance(output, Tensor):
         return function(output)
     if isinstance(output, Mapping):
@@ -308,7 +308,7 @@ def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 class _Hook:
-    """A method of a capture as a hook. It keeps nothing alive, and its copies are inert."""
+    """A method of a capture as a hook. It keeps nothing alive; copies are inert."""
 
     def __init__(self, capture: "Capture", method: str, *args: Any) -> None:
         self.capture, self.method, self.args = weakref.ref(capture), method, args
@@ -328,67 +328,72 @@ class _Inert:
 
 
 class Capture:
-    """Hand each layer's inputs and output gradients to a callback, in the user's own loop.
+    """Hand each layer's inputs and output gradients to a callback, in the user's loop.
 
     Each weight gradient of an example is Σ over places of g aᵀ: a is what the weight
     multiplied, g the gradient by the layer's output. During a backward pass through the
     model's output, each layer's pairs are handed to ``consume``.
 
-    The user's gradient at the output has to be one of the likelihood's: that is checked in
-    the first backward passes (of each number of dimensions), on numbers read to the host.
+    The user's gradient at the output has to be one of the likelihood's: that is checked
+    in the first backward passes (of each number of dimensions), on numbers read to the
+    host.
 
     Args:
-        model: The module whose calls count. Its layers are found once, here; freeze and tie
-            before.
+        model: The module whose calls count. Its layers are found once, here; freeze and
+            tie before.
         fisher: Whose gradients. ``"mc"``: of targets drawn from the model's own output.
-            ``"type-2"``: one for each number of an example's output; outer products sum to
-            the exact Gauss–Newton matrix. ``"empirical"``: the user's own, times the number
-            of examples; outputs (N, C) are then not held against the likelihood.
+            ``"type-2"``: one for each number of an example's output; outer products sum
+            to the exact Gauss–Newton matrix. ``"empirical"``: the user's own, times the
+            number of examples; outputs (N, C) are then not held against the likelihood.
             ``"none"``: no gradients, only inputs.
-        likelihood: What the output means: logits of one choice (``"categorical"``), a mean
-            with unit variance (``"gaussian"``: the loss is half the squared distance),
-            logits of separate events (``"bernoulli"``). Losses of one example add up over
-            all its outputs. Or a callable: from the output (a leaf) to losses, with targets
-            that it draws itself; only for ``"mc"``.
+        likelihood: What the output means: logits of one choice (``"categorical"``), a
+            mean with unit variance (``"gaussian"``: the loss is half the squared
+            distance), logits of separate events (``"bernoulli"``). Losses of one
+            example add up over all its outputs. Or a callable: from the output (a leaf)
+            to losses, with targets that it draws itself; only for ``"mc"``.
         consume: Called as ``consume(layer, a, g)`` with a of shape (N, R, d_in), for N
-            examples and R places that share the weight, a one appended for a bias; and g of
-            shape (M, N, R, d_out), for M gradients. For an embedding a holds the indices,
-            (N, R). For ``"scale"`` it holds the normalised inputs, (N, R, d_out), without a
-            one. Under ``"none"`` g is ``None``. Under ``"mc"`` g is scaled so that outer
-            products add up over M. Called once for each layer and pass; tied weights have
-            the places of all their uses. An input that the examples share, such as
-            positions, has N = 1 and g divided by √N.
+            examples and R places that share the weight, a one appended for a bias; and
+            g of shape (M, N, R, d_out), for M gradients. For an embedding a holds the
+            indices, (N, R). For ``"scale"`` it holds the normalised inputs, (N, R,
+            d_out), without a one. Under ``"none"`` g is ``None``. Under ``"mc"`` g is
+            scaled so that outer products add up over M. Called once for each layer and
+            pass; tied weights have the places of all their uses. An input that the
+            examples share, such as positions, has N = 1 and g divided by √N.
         samples: How many targets ``"mc"`` draws for each output, at least 1.
         generator: Draws them. ``None``: the default generator of the output's device.
         parameters: Only these are covered. ``None``: all that require a gradient.
         output: From what the model returns to the tensor that the likelihood speaks of.
-            ``None``: a returned tensor, the entry ``"logits"``, or the only tensor in there
-            that requires a gradient.
+            ``None``: a returned tensor, the entry ``"logits"``, or the only tensor in
+            there that requires a gradient.
         class_dim: The dimension of the classes, or of the numbers that make up one row.
-            ``None`` (the default): of classes, where the gradient of the user's loss sums
-            to zero; else the last.
+            ``None`` (the default): of classes, where the gradient of the user's loss
+            sums to zero; else the last.
 
     Attributes:
         layers: What is covered.
         rest: Names and parameters that require a gradient and that no layer covers.
         recording: Whether forward calls are recorded. Default ``True``.
-        examples, rows: How many there were in the pass that is being handed over; a row is
-            a place at which the likelihood has a factor of its own: a token, a pixel.
+        examples, rows: How many there were in the pass that is being handed over; a row
+            is a place at which the likelihood has a factor of its own: a token, a
+            pixel.
         entered: Called before each forward call that has a graph, if given.
-        process_group: Of the ``DistributedDataParallel`` that calls the model, if one does.
-        seen: Sums since it was last cleared: ``"examples"``, ``"rows"``, and ``"weight"``,
-            the least that the user's loss can weigh all rows together (a mean: 1); and
-            ``"largest"``, of the loss's gradient by each row the largest entry plus the
-            smallest: positive only if the loss is the negative of a cross-entropy.
+        process_group: Of the ``DistributedDataParallel`` that calls the model, if one
+            does.
+        seen: Sums since it was last cleared: ``"examples"``, ``"rows"``, and
+            ``"weight"``, the least that the user's loss can weigh all rows together (a
+            mean: 1); and ``"largest"``, of the loss's gradient by each row the largest
+            entry plus the smallest: positive only if the loss is the negative of a
+            cross-entropy.
         weighing: Whether the latter two are computed. Default ``False``.
 
     Raises:
-        ValueError: An unknown fisher or likelihood, ``samples`` below one, type-2 with a
-            callable, lazy modules without shapes, ``nn.DataParallel``; in a forward call,
-            an output that is no tensor and has no evident one; in a backward pass, a loss
-            that the likelihood does not fit, or classes on an ambiguous axis.
-        RuntimeError: In a forward call of a replica; in a backward pass, a changed input or
-            output.
+        ValueError: An unknown fisher or likelihood, ``samples`` below one, type-2 with
+            a callable, lazy modules without shapes, ``nn.DataParallel``; in a forward
+            call, an output that is no tensor and has no evident one; in a backward
+            pass, a loss that the likelihood does not fit, or classes on an ambiguous
+            axis.
+        RuntimeError: In a forward call of a replica; in a backward pass, a changed
+            input or output.
 
     Source: appendix "The machinery".
     """
@@ -410,7 +415,8 @@ class Capture:
         if not callable(likelihood):
             check_choice("likelihood", likelihood, LIKELIHOODS)
         elif fisher == "type-2":
-            raise ValueError("fisher='type-2' needs a likelihood by name; use 'mc'")
+            told = "fisher='type-2' needs a likelihood by name, not a callable"
+            raise ValueError(f"{told}; use fisher='mc'")
         check_range("samples", samples, "[1, inf) int")
         if isinstance(model, nn.DataParallel):
             raise ValueError("nn.DataParallel is refused; use DistributedDataParallel")
@@ -440,7 +446,7 @@ class Capture:
         self.seen = {"examples": 0, "rows": 0, "weight": 0.0, "largest": 0.0}
 
     def _attach(self) -> None:
-        """Put the hooks in place. The model's own come last: it may be a layer itself."""
+        """Put the hooks in place; the model's own last: it may be a layer itself."""
         self._stack: list[_Pass | None] = []
         self._linear: list[Any] = []
         self._handles: list[Any] = []
@@ -514,8 +520,9 @@ class Capture:
         mapped = _mapped(output, watched)
         if mapped is output:
             raise ValueError(
-                f"the model returned a {type(output).__name__} without a tensor that can be "
-                "watched; return a tensor, or a tuple, list, mapping or dataclass of tensors"
+                f"the model returned a {type(output).__name__} without a tensor that "
+                "can be watched; return a tensor, or a tuple, list, mapping or "
+                "dataclass of tensors"
             )
         return mapped
 
@@ -539,8 +546,8 @@ class Capture:
         if not found or value.ndim < (2 if choice else 1):
             raise ValueError(
                 f"the model returned {given}, and which tensor of shape (N, …) in it "
-                f"likelihood={self.likelihood!r} speaks of is not evident; pass output=, a "
-                "function from what the model returns to that tensor"
+                f"likelihood={self.likelihood!r} speaks of is not evident; pass "
+                "output=, a function from what the model returns to that tensor"
             )
         if choice and value[0].numel() == 1:
             told = f"the model returned {given}, one class, which has no curvature"
@@ -548,7 +555,7 @@ class Capture:
         return value if value.requires_grad and value.numel() else None
 
     def examine(self, f: Tensor, g: Tensor | None) -> None:
-        """Hold the likelihood against the gradient ``g`` of the user's loss by ``f``."""
+        """Hold the likelihood against ``g``, the gradient of the user's loss by ``f``."""
         loose = self.fisher == "empirical" and f.ndim < 3
         if g is None or loose or callable(self.likelihood):
             return
@@ -578,11 +585,11 @@ class Capture:
         return self._axes.get(f.ndim, last)
 
     def cotangents(self, f: Tensor) -> Iterator[Tensor]:
-        """Gradients by the output, whose outer products sum to each example's curvature.
+        """Gradients by the output; their outer products sum to an example's curvature.
 
-        Under ``"mc"`` targets are drawn from the model's own output, and each gradient is
-        divided by the root of their number. Under ``"type-2"`` there is one for each number
-        of an example's output, and the sum is exact.
+        Under ``"mc"`` targets are drawn from the model's own output, and each gradient
+        is divided by the root of their number. Under ``"type-2"`` there is one for each
+        number of an example's output, and the sum is exact.
         """
         dtype, f = f.dtype, f.to(wide(f.dtype))
         if callable(self.likelihood):
@@ -621,7 +628,7 @@ class Capture:
         return _Use(at, module, sites, x).tap(y)
 
     def _attend(self, sites: list[Site], module: nn.Module, args: Any) -> None:
-        """Watch ``F.linear`` while attention runs: it calls its projections as functions."""
+        """Watch ``F.linear`` while attention runs: it calls its projections so."""
         at, linear = self._current(), F.linear
 
         def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -653,7 +660,8 @@ class Capture:
 class _Late:
     """Examines the gradient by an output that no tap stands behind, where it comes by.
 
-    Such is the output of a model that computes its own loss. It holds no part of the graph.
+    Such is the output of a model that computes its own loss. It holds no part of the
+    graph.
     """
 
     def __init__(self, at: _Pass, output: Tensor) -> None:
@@ -673,6 +681,6 @@ class _Late:
             del capture._axes[output.ndim]
             raise ValueError(
                 f"the classes lie on axis {axis} of the outputs of shape "
-                f"{tuple(output.shape)}, which shows too late where the model computes its "
-                f"own loss; pass class_dim={axis}"
+                f"{tuple(output.shape)}, which shows too late where the model computes "
+                f"its own loss; pass class_dim={axis}"
             )

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 08bd38f9
+# %% head dfebc7ae
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-optimizer 1 8990f64e
+# %% 23_machinery sec-optimizer 1 9da8ddf3
 import difflib
 import functools
 import inspect
@@ -56,16 +56,18 @@ class Options(TypedDict, total=False):
     Attributes:
         maximize: Climb instead of descend. Default ``False``.
         engine: What runs the rule. ``"loop"``: one tensor after another. ``"foreach"``:
-            lists of tensors through ``torch._foreach_*``, matrices of one shape stacked.
-            ``"fused"``: torch's kernel, where it has one for exactly this rule.
-            ``"compile"``: one graph over all tensors; another ``lr`` does not compile
-            again, another value of any other hyperparameter does. ``"auto"`` (the
-            default): the fastest that is valid for the tensors at hand, never compiled.
-        nonfinite: What to do about a gradient with an infinity or a NaN in it (one whose
-            sum overflows counts). ``"propagate"`` (the default): nothing, as torch does.
-            ``"skip"``: leave everything as it is, decided on the device without a host
-            synchronisation and counted in ``skipped_steps``. ``"raise"``: a
-            ``FloatingPointError`` before anything changes; it reads one number back.
+            lists of tensors through ``torch._foreach_*``, matrices of one shape
+            stacked. ``"fused"``: torch's kernel, where it has one for exactly this
+            rule. ``"compile"``: one graph over all tensors; another ``lr`` does not
+            compile again, another value of any other hyperparameter does. ``"auto"``
+            (the default): the fastest that is valid for the tensors at hand, never
+            compiled.
+        nonfinite: What to do about a gradient with an infinity or a NaN in it (one
+            whose sum overflows counts). ``"propagate"`` (the default): nothing, as
+            torch does. ``"skip"``: leave everything as it is, decided on the device
+            without a host synchronisation and counted in ``skipped_steps``.
+            ``"raise"``: a ``FloatingPointError`` before anything changes; it reads one
+            number back.
         state_dtype: Data type of the state. Default ``None``: the parameter's.
     """
 
@@ -93,7 +95,7 @@ RANGES: dict[str, str | tuple[str, ...]] = {
 }
 
 
-# %% 23_machinery sec-ranges 2 2a700e4f
+# %% 23_machinery sec-ranges 2 ae1d739c
 def check_range(name: str, value: Any, interval: str | tuple[str, ...]) -> None:
     """Refuse a number outside an interval.
 
@@ -136,13 +138,13 @@ def check_range(name: str, value: Any, interval: str | tuple[str, ...]) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-    """Refuse a value that is none of the choices, with a ``ValueError`` that lists them."""
+    """Refuse a value that is none of the choices; the ``ValueError`` lists them."""
     if not any(value is choice or value == choice for choice in choices):
         options = ", ".join(map(repr, choices))
         raise ValueError(f"{name}={value!r} is unknown; use one of {options}")
 
 
-# %% 23_machinery sec-matrixwise 3 9d8e9451
+# %% 23_machinery sec-turns 1 9d8e9451
 def share(costs: list[float], bins: int) -> list[int]:
     """Divide jobs over bins: the largest first, each to the emptiest; ties by number.
 
@@ -164,7 +166,7 @@ def share(costs: list[float], bins: int) -> list[int]:
     return where
 
 
-# %% 23_machinery sec-base-class 1 28ee6430
+# %% 23_machinery sec-base-class 1 2f1176a5
 class _Plan(NamedTuple):
     """How a parameter meets its rule, until something changes."""
 
@@ -176,31 +178,30 @@ class _Plan(NamedTuple):
     odd: str  # why torch's fused kernels cannot take it, or nothing
 
 
-# %% 23_machinery sec-base-class 2 60a44468
 class Optimizer(torch.optim.Optimizer):
-    """The base of every optimizer here: it runs a subclass's ``rule`` over all parameters.
+    """The base of every optimizer: it runs a subclass's ``rule`` over all parameters.
 
-    A subclass has an ``__init__`` that passes its defaults on, a static
-    ``rule(p, g, s, h)`` that changes the parameter ``p`` and its state ``s`` in place from
-    the gradient ``g`` and what the group shares, ``h``; and, where it needs them,
-    ``init_state``, ``clocks`` with ``clock``, ``fused``, ``elementwise``, ``matrices``,
-    ``every`` with ``refresh``, ``directions`` and ``ranges``.
+    A subclass has an ``__init__`` that passes its defaults on, a static ``rule(p, g, s,
+    h)`` that changes the parameter ``p`` and its state ``s`` in place from the gradient
+    ``g`` and what the group shares, ``h``; and, where it needs them, ``init_state``,
+    ``clocks`` with ``clock``, ``fused``, ``elementwise``, ``matrices``, ``every`` with
+    ``refresh``, ``directions`` and ``ranges``.
 
-    A group may carry ``algorithm``, the name of an optimizer of the package: its rule then
-    steps the group, with its own defaults. ``use_muon``, ``use_fallback`` and ``kind``, as
-    other libraries say it, are understood too.
+    A group may carry ``algorithm``, the name of an optimizer of the package: its rule
+    then steps the group, with its own defaults. ``use_muon``, ``use_fallback`` and
+    ``kind``, as other libraries say it, are understood too.
 
     Args:
         params: Tensors, named tensors, or groups of them, as in ``torch.optim``.
-        defaults: The method's hyperparameters. Those named in ``RANGES`` are validated, in
-            every group.
+        defaults: The method's hyperparameters. Those named in ``RANGES`` are validated,
+            in every group.
         **options: See ``Options``.
 
     Raises:
         TypeError: A hyperparameter of the wrong type; one of torch's keywords that
             ``engine=`` replaces; a module in place of its parameters.
-        ValueError: A hyperparameter outside its range; an unknown ``engine``, ``nonfinite``
-            or ``algorithm``; a vector where the rule takes matrices.
+        ValueError: A hyperparameter outside its range; an unknown ``engine``,
+            ``nonfinite`` or ``algorithm``; a vector where the rule takes matrices.
 
     Source: appendix "The machinery".
     """
@@ -215,12 +216,13 @@ class Optimizer(torch.optim.Optimizer):
     matrices = False
     #: Whether a rule for matrices also takes vectors and numbers, as columns.
     vectors = False
-    #: The hyperparameter that says in how many steps ``refresh`` comes round to a matrix.
+    #: The hyperparameter that says in how many steps ``refresh`` comes round to a
+    #: matrix.
     every: str | None = None
     #: State that belongs to one matrix, of any shape, in single precision at least.
     precise: tuple[str, ...] = ()
-    #: State that is one number, shared by tensors with the same history. The rule finds its
-    #: value in ``h``.
+    #: State that is one number, shared by tensors with the same history. The rule finds
+    #: its value in ``h``.
     clocks: tuple[str, ...] = ()
     #: Ranges of hyperparameters that only this method has, or has in another form.
     ranges: dict[str, str | tuple[str, ...]] = {}
@@ -228,19 +230,19 @@ class Optimizer(torch.optim.Optimizer):
     engines: tuple[str, ...] = ("auto", "loop", "foreach", "fused", "compile")
     #: Whether ``step`` needs a closure.
     needs_closure = False
-    #: Whether the method differentiates the loss itself: its closure then returns the loss
-    #: and calls no ``backward``.
+    #: Whether the method differentiates the loss itself: its closure then returns the
+    #: loss and calls no ``backward``.
     differentiates = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Optimizer":
-        """Refuse torch's keywords that have another name here, whatever the signature."""
+        """Refuse torch's keywords that have another name here."""
         for word in ("foreach", "fused", "capturable", "differentiable"):
             if word in kwargs:
-                said = f"{cls.__name__} has no {word}={kwargs[word]!r}"
-                raise TypeError(f"{said}; choose with engine=, see Options")
+                told = f"{cls.__name__} has no {word}={kwargs[word]!r}"
+                raise TypeError(f"{told}; choose with engine=, see Options")
         return super().__new__(cls)
 
-    # %% 23_machinery sec-base-class 3 90906a11
+    # %% 23_machinery sec-base-class 2 5ffc52fd
     def __init__(
         self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]
     ) -> None:
@@ -257,7 +259,7 @@ class Optimizer(torch.optim.Optimizer):
 
 
     def init_state(self, p: Tensor, g: Tensor, h: Names) -> dict[str, Tensor]:
-        """What the rule remembers of one tensor before its first step, by name: nothing, here.
+        """What the rule remembers of a tensor before its first step, by name.
 
         Shapes must not depend on values: they are also asked for on the meta device. Names
         may depend on whether a hyperparameter is zero.
@@ -293,14 +295,14 @@ class Optimizer(torch.optim.Optimizer):
         """How many steps ``"skip"`` has skipped, in this process; reading it waits."""
         return 0 if self.skipped is None else int(self.skipped)
 
-    # %% 23_machinery sec-base-class 4 cbc9eced
+    # %% 23_machinery sec-base-class 3 2474de85
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
-            closure: Clears the gradients, computes the loss, calls ``backward`` and returns the
-                loss. Optional.
+            closure: Clears the gradients, computes the loss, calls ``backward`` and returns
+                the loss. Optional.
 
         Returns:
             What the closure returned, else ``None``.
@@ -327,7 +329,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._advance(group, engine, grads, keep)
         return loss
 
-    # %% 23_machinery sec-base-class 5 4091709f
+    # %% 23_machinery sec-base-class 4 4091709f
     def _engine(self, group: Group, params: list[Tensor]) -> str:
         """The engine a group runs on, after refusing what it cannot do."""
         method, name, settings = self._method(group), group["engine"], _settings(group)
@@ -407,9 +409,9 @@ class Optimizer(torch.optim.Optimizer):
                 return f"its state {name!r} {why}; load a checkpoint of this model, {anew}"
         return ""
 
-    # %% 23_machinery sec-base-class 6 0737e1ad
+    # %% 23_machinery sec-base-class 5 8306dd8e
     def examined(self, work: Any) -> Iterator[tuple[Group, str, Tensor]]:
-        """What has to be finite, with its group and what an error calls it: each gradient."""
+        """What has to be finite, with its group and its name in an error."""
         for group, params in work:
             for p in params:
                 what = f"the gradient of a parameter of shape {tuple(p.shape)}"
@@ -433,19 +435,19 @@ class Optimizer(torch.optim.Optimizer):
             bad = [what for what, fine in flags["raise"] if not fine]
             what = bad[0] if bad else "a gradient of another process"
             raise FloatingPointError(
-                f"{what} is not finite and nonfinite='raise'; lower the learning rate, clip "
-                "gradients, or use nonfinite='skip'"
+                f"{what} is not finite and nonfinite='raise'; lower the learning rate, "
+                "clip gradients, or use nonfinite='skip'"
             )
         if finite is not None:
             before = 0 if self.skipped is None else self.skipped.to(finite.device)
             self.skipped = before + (~finite).long()
         return finite
 
-    # %% 23_machinery sec-base-class 8 388925a8
+    # %% 23_machinery sec-base-class 7 ed7c8078
     def _advance(
         self, group: Group, engine: str, grads: Grads, finite: Tensor | None
     ) -> None:
-        """One step of a group: call by call, its rule, and the refreshes whose turn it is."""
+        """One step of a group, call by call: the rule, and refreshes whose turn it is."""
         method, due = self._method(group), self._due(group)
         for (key, *_), some in self._calls(group, grads, finite).items():
             device, dtype, view, names, dtypes = key
@@ -483,7 +485,7 @@ class Optimizer(torch.optim.Optimizer):
     def _calls(
         self, group: Group, grads: Grads, finite: Tensor | None
     ) -> dict[Any, list[Tensor]]:
-        """Parameters that may share a call, by what they have in common; all have a state."""
+        """Parameters by what those in one call have in common; all have a state."""
         method, fresh = self._method(group), {}
         calls: dict[Any, list[Tensor]] = defaultdict(list)
         for p, g in grads.items():
@@ -503,7 +505,7 @@ class Optimizer(torch.optim.Optimizer):
 
 
     def _initial(self, p: Tensor, g: Tensor, h: Names) -> dict[str, Tensor]:
-        """The whole state of a parameter: what ``init_state`` gives for each of its matrices."""
+        """The state of a parameter: what ``init_state`` gives for each of its matrices."""
         made: dict[str, Tensor] = {}
         for k, cut in enumerate(_cuts(p, vars(h)) if self.matrices else [...]):
             part = (p, g) if cut is ... else (_flat(p)[cut], _flat(g)[cut])
@@ -513,7 +515,8 @@ class Optimizer(torch.optim.Optimizer):
                 if name in self.clocks:
                     made.setdefault(name, value)
                 elif cut is ... or precise:
-                    # a copy: state that shares memory with p or its gradient would change too
+                    # a copy: state that shares memory with p or its gradient would change
+                    # too
                     made[_key(name, k)] = value.detach().to(dtype, copy=True)
                 else:  # of the shape of p: each matrix has its part of it
                     whole = made.setdefault(name, torch.zeros_like(p, dtype=dtype))
@@ -549,7 +552,7 @@ class Optimizer(torch.optim.Optimizer):
         turn = now % every if now else None
         return {unit for unit, its in self._turns[every].items() if its == turn}
 
-    # %% 23_machinery sec-base-class 9 f87b7ca7
+    # %% 23_machinery sec-base-class 8 3c67bdc0
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
         group = _named({**param_group})
@@ -597,7 +600,7 @@ class Optimizer(torch.optim.Optimizer):
 
 
     def _method(self, group: Group) -> "Optimizer":
-        """The optimizer whose rule steps a group: this one, or one made for its rule alone."""
+        """The optimizer whose rule steps a group: this, or one made for its rule alone."""
         name = group.get("algorithm")
         if name is None:
             return self
@@ -654,16 +657,17 @@ class Optimizer(torch.optim.Optimizer):
 
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer, or of the ``torch.optim`` class of its algorithm.
+        """Load a checkpoint of this optimizer, or of its ``torch.optim`` namesake.
 
-        ``engine``, ``nonfinite`` and ``state_dtype`` stay as they are: they belong to this run
-        and not to the model. Torch casts all state to the parameter's type; here clocks keep
-        their own and ``state_dtype`` is honoured.
+        ``engine``, ``nonfinite`` and ``state_dtype`` stay as they are: they belong to this
+        run and not to the model. Torch casts all state to the parameter's type; here clocks
+        keep their own and ``state_dtype`` is honoured.
 
         Raises:
-            ValueError: The checkpoint holds a hyperparameter that is out of range, or one that
-                this optimizer does not have and that would change its steps; state that does
-                not fit a parameter; another ``algorithm`` of a group. Nothing has changed then.
+            ValueError: The checkpoint holds a hyperparameter that is out of range, or one
+                that this optimizer does not have and that would change its steps; state
+                that does not fit a parameter; another ``algorithm`` of a group. Nothing has
+                changed then.
         """
         hooked: dict[str, Any] = {}  # what is left when torch's hooks have run
         kept = ("engine", "nonfinite", "state_dtype")
@@ -725,9 +729,9 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"the checkpoint does not fit {label}: {why}")
 
 
-# %% 23_machinery sec-base-class 7 55cc40a0
+# %% 23_machinery sec-base-class 6 06f9e593
 def _agreed(flags: list[Tensor], meshes: Iterable[Any]) -> Tensor | None:
-    """All flags in one, on the device of the first; and over the processes of a mesh."""
+    """All flags in one, on the device of the first; over all processes of a mesh."""
     if not flags:
         return None
     fine = torch.stack([flag.to(flags[0].device) for flag in flags]).all().long()
@@ -744,7 +748,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 10 f9cec282
+# %% 23_machinery sec-base-class 9 36c9eecd
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -775,7 +779,7 @@ def _whole(x: Tensor) -> Tensor:
 
 
 def _named(group: Group) -> Group:
-    """A group with other libraries' ways to name an algorithm put into ``algorithm``."""
+    """A group where other libraries' words for an algorithm became ``algorithm``."""
     if not group.pop("use_muon", True) or group.pop("use_fallback", False):
         group.setdefault("algorithm", "adamw")
     if "kind" in group:
@@ -835,8 +839,9 @@ def _cuts(p: Tensor, group: Group) -> list[tuple[slice, slice]]:
     columns = p.numel() // rows
     parts = group.get("split_sizes") or [rows]
     if sum(parts) != rows:
-        told = f"split_sizes={parts!r} adds up to {sum(parts)} and a parameter has {rows}"
-        raise ValueError(f"{told} rows; pass sizes that add up to it, in its own group")
+        told = f"split_sizes={parts!r} adds up to {sum(parts)}"
+        told = f"{told} and a parameter has {rows} rows"
+        raise ValueError(f"{told}; pass sizes that add up to it, in its own group")
     size = group.get("block_size") or max(rows, columns)
     tall = [height for part in parts for height in _balanced(part, size)]
     return list(itertools.product(_slices(tall), _slices(_balanced(columns, size))))
@@ -891,14 +896,14 @@ def _matrices(method: Optimizer, work: Work, group: Group) -> tuple[list, Work, 
 
 
 def _common(dtype: torch.dtype, others: tuple[torch.dtype, ...]) -> torch.dtype | None:
-    """The type to compute in, where a state has another than its parameter; else ``None``."""
+    """The type to compute in, where a state has another than its parameter."""
     real = {x.to_real() for x in others if x.is_floating_point or x.is_complex}
     both = functools.reduce(torch.promote_types, real, dtype.to_real())
     return both if real - {dtype.to_real()} else None
 
 
 def _widest(device: torch.device) -> torch.dtype:
-    """Double precision, where the device has it: powers of β₂ = 0.999 need the digits."""
+    """Double precision, where there is: powers of β₂ = 0.999 need the digits."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -937,5 +942,6 @@ def _unfusable(p: Tensor, dtypes: set[torch.dtype]) -> str:
     if not (p.is_contiguous() or last) or p.stride() != g.stride():
         return "a parameter or its gradient is not contiguous"
     if dtypes - {p.dtype} or g.dtype != p.dtype:
-        return f"a state or gradient is not {p.dtype}, as its parameter is; see state_dtype="
+        said = f"a state or gradient is not {p.dtype}, as its parameter is"
+        return f"{said}; see state_dtype="
     return ""

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 5668da01
+# %% head a0954ad3
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-batch 1 e8f38ef4
+# %% 23_machinery sec-batch 1 2eb91b10
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from torch import Tensor
 
 
 class Names:
-    """Values by attribute, such as ``h.lr``. (``types.SimpleNamespace`` cannot be traced.)"""
+    """Values by attribute: ``h.lr``. (``SimpleNamespace`` cannot be traced.)"""
 
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():
@@ -46,17 +46,18 @@ def plain(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-# %% 23_machinery sec-batch 2 c76f8e9e
+# %% 23_machinery sec-batch 2 6965ae7a
 class Batch:
-    """Many tensors that answer to the methods of one: each is one ``torch._foreach_*`` call.
+    """Many tensors with the methods of one: each is one ``torch._foreach_*`` call.
 
-    Numbers may be Python floats or one-element tensors. In-place methods return the batch,
-    as a tensor's do. A rule may use the operators ``+ - * / **``, also in place, and every
+    Numbers may be Python floats or one-element tensors. In-place methods return the
+    batch, as a tensor's do. A rule may use the operators ``+ - * / **``, also in place,
+    and every
     method for which torch has a list version: ``mul_``, ``lerp_``, ``addcmul_``,
-    ``addcdiv_``, ``sqrt``, ``abs``, ``sign``, ``maximum``, ``clamp_min``, ``reciprocal``, …
-    A reduction such as ``norm`` gives one number for each tensor. ``@`` and ``.mT`` work one
-    by one. Functions such as ``torch.sign(g)`` do not work here; those of matrices do, once
-    they are marked ``matrixwise``.
+    ``addcdiv_``, ``sqrt``, ``abs``, ``sign``, ``maximum``, ``clamp_min``,
+    ``reciprocal``, … A reduction such as ``norm`` gives one number for each tensor.
+    ``@`` and ``.mT`` work one by one. Functions such as ``torch.sign(g)`` do not work
+    here; those of matrices do, once they are marked ``matrixwise``.
 
     Args:
         tensors: The tensors; changed in place by in-place methods.
@@ -68,8 +69,8 @@ class Batch:
     def __getattr__(self, name: str) -> Callable[..., "Batch"]:
         if not hasattr(torch, f"_foreach_{name}"):
             raise AttributeError(
-                f"a rule for many tensors has no .{name}: torch has no list version of it; "
-                "see Batch, or mark a function of a matrix with matrixwise"
+                f"a rule for many tensors has no .{name}: torch has no list version of "
+                "it; see Batch, or mark a function of a matrix with matrixwise"
             )
         return lambda *args, **kwargs: self._call(name, *args, **kwargs)
 
@@ -132,16 +133,16 @@ class Batch:
     __itruediv__, __radd__, __rmul__ = partialmethod(_call, "div_"), __add__, __mul__
 
 
-# %% 23_machinery sec-matrixwise 1 c2724991
+# %% 23_machinery sec-matrixwise 1 2fa143a4
 def matrixwise(function: Callable) -> Callable:
-    """Mark a function of matrices that a rule may call on tensors and on batches of them.
+    """Mark a function of matrices that a rule may call on tensors and on batches.
 
     Of batches, matrices of equal shapes are stacked and the function runs once for each
     stack. So it works on the last two dimensions, (…, m, n), and changes no argument.
 
     Args:
-        function: Takes matrices, by position; whatever else it is given, numbers and names,
-            is the same for all. Returns a tensor or a tuple of tensors.
+        function: Takes matrices, by position; whatever else it is given, numbers and
+            names, is the same for all. Returns a tensor or a tuple of tensors.
     """
 
     @functools.wraps(function)
@@ -224,7 +225,7 @@ def _run(job: Job, work: Work, call: Callable[[Job, Work], None]) -> None:
             x.copy_(new)
 
 
-# %% 23_machinery sec-engines 2 85aead42
+# %% 23_machinery sec-engines 2 8367bd78
 def _loop(job: Job, work: Work) -> None:
     """The rule on one tensor after another: the reference for every other engine."""
     on_device = any(isinstance(value, Tensor) for value in vars(job.h).values())
@@ -271,8 +272,8 @@ OUTSIDE = ("engine", "nonfinite", "maximize", "state_dtype", "algorithm")
 def _compiled(job: Job, work: Work) -> None:
     """Numbers that change from step to step enter the graph as tensors.
 
-    A Python number would be compiled in. (Torch 2.13 compiles in even a tensor, where it is
-    the ``alpha`` of ``sub_``; ``add_`` is right.)
+    A Python number would be compiled in. (Torch 2.13 compiles in even a tensor, where
+    it is the ``alpha`` of ``sub_``; ``add_`` is right.)
     """
     method, changing, fixed = job.method, {}, {}
     for name, value in vars(job.h).items():
@@ -284,14 +285,15 @@ def _compiled(job: Job, work: Work) -> None:
             fixed[name] = value
     if "_graph" not in vars(method):
         method._graph = torch.compile(_trace, dynamic=False, fullgraph=True)
-    # Dynamo counts the graphs of all optimizers together, and by default stops at eight.
+    # Dynamo counts the graphs of all optimizers together, and by default stops at
+    # eight.
     limits = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096}
     with torch._dynamo.config.patch(limits):
         method._graph(job.rule, *work, changing, fixed)
 
 
-def _trace(rule: Callable, p: list, g: list, s: dict, changing: dict, fixed: dict) -> None:
-    h = Names(**changing, **fixed)
+def _trace(rule: Callable, p: list, g: list, s: dict, h: dict, fixed: dict) -> None:
+    h = Names(**h, **fixed)
     for i in range(len(p)):
         rule(p[i], g[i], Names(**{name: x[i] for name, x in s.items()}), h)
 

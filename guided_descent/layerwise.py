@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 24e8533b
+# %% head fb5b7f3e
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -51,22 +51,24 @@ def full_precision(device: torch.device) -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-# %% 23_machinery sec-layerwise 2 595fdf39
+# %% 23_machinery sec-layerwise 2 d981d256
 class LayerOptimizer(Optimizer):
     """What KFAC, EKFAC and FOOF share: all but the preconditioner.
 
-    Statistics arrive layer by layer from ``Capture``. With P a layer's preconditioner, g
-    the gradient of the loss as a mean over rows of outputs, sums over all layers, and
+    Statistics arrive layer by layer from ``Capture``. With P a layer's preconditioner,
+    g the gradient of the loss as a mean over rows of outputs, sums over all layers, and
     ``lr_max`` the largest ``lr`` so far, or ahead where a scheduler says it::
 
         u = P⁻¹ g,    ν = min(1, √(kl_clip / (lr_max² ⟨u, g⟩)))
         m ← momentum · m + ν u
         w ← (1 − lr · weight_decay) w − lr · m
 
-    Parameters that no layer covers are stepped by ``algorithm``, in groups of their own.
+    Parameters that no layer covers are stepped by ``algorithm``, in groups of their
+    own.
 
     A subclass says what to average over examples (``shapes``, ``statistics``), what to
-    derive from a factor now and then (``refresh``), and how to apply it (``precondition``).
+    derive from a factor now and then (``refresh``), and how to apply it
+    (``precondition``).
 
     Args:
         model: The module that the training loop calls.
@@ -83,7 +85,8 @@ class LayerOptimizer(Optimizer):
 
     Raises:
         TypeError: ``model`` is no module; an argument of another type.
-        ValueError: An argument out of range; no layer to precondition; sharded parameters.
+        ValueError: An argument out of range; no layer to precondition; sharded
+            parameters.
 
     Source: appendix "The machinery".
     """
@@ -124,8 +127,8 @@ class LayerOptimizer(Optimizer):
         named = list(model.named_parameters())
         if apart := [name for name, p in named if hasattr(p, "placements")]:
             raise ValueError(
-                f"parameter {apart[0]!r} is sharded over processes (DTensor) and {kind} needs "
-                "whole layers; use DistributedDataParallel, or AdamW"
+                f"parameter {apart[0]!r} is sharded over processes (DTensor) and "
+                f"{kind} needs whole layers; use DistributedDataParallel, or AdamW"
             )
         self.model, self.capture_options, self.algorithm = model, capture, algorithm
         self.factor_update_every = factor_update_every
@@ -144,9 +147,10 @@ class LayerOptimizer(Optimizer):
         own, rest = ([group for group in half if group["params"]] for half in halves)
         if not any(p.requires_grad for group in own for _, p in group["params"]):
             raise ValueError(
-                f"{kind} finds none of the given parameters in a layer that it covers and "
-                "that requires a gradient; pass the model that is trained, with its own "
-                "parameters; unfreeze them before, or use AdamW if there are no layers"
+                f"{kind} finds none of the given parameters in a layer that it covers "
+                "and that requires a gradient; pass the model that is trained, with "
+                "its own parameters; unfreeze them before, or use AdamW if there are "
+                "no layers"
             )
         super().__init__([*own, *rest], defaults, **{"nonfinite": "skip", **given})
         self._attach(process_group)
@@ -161,7 +165,7 @@ class LayerOptimizer(Optimizer):
         raise TypeError(f"{type(self).__name__} defines no statistics")
 
     def expected(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        """What ``statistics`` gives in this step: all of ``shapes``, unless overridden."""
+        """What ``statistics`` gives in this step: all of ``shapes``, by default."""
         return self.shapes(layer)
 
     def statistics(self, layer: Layer, a: Tensor, g: Tensor | None) -> Memory:
@@ -180,7 +184,7 @@ class LayerOptimizer(Optimizer):
         """``P⁻¹ g`` for the gradient matrix of one layer."""
         raise TypeError(f"{type(self).__name__} has no preconditioner")
 
-    # %% 23_machinery sec-layerwise 3 43ba1a2e
+    # %% 23_machinery sec-layerwise 3 f48ccee5
     def _halves(self, group: Group) -> tuple[Group, Group]:
         """A group in two: what a layer covers, and what ``algorithm`` steps."""
         params = group["params"]
@@ -248,8 +252,10 @@ class LayerOptimizer(Optimizer):
             self.capture.detach()
         ours = [p for group in self._own for p in group["params"]]
         self.generator = torch.Generator(device=ours[0].device)
-        options = {"generator": self.generator, "parameters": ours, **self.capture_options}
-        self.capture = Capture(self.model, consume=self.observe, **options)
+        self.capture = Capture(
+            self.model, consume=self.observe, generator=self.generator, parameters=ours,
+            **self.capture_options,
+        )  # fmt: skip
         self.capture.process_group = process_group
         self.capture.entered = self._forget_discarded
         climbs = any(group["maximize"] for group in self._own)
@@ -288,7 +294,7 @@ class LayerOptimizer(Optimizer):
         seed = (2654435761 * seed + 1640531527 * rank + t) % 2**32
         self.generator.manual_seed(seed)
 
-    # %% 23_machinery sec-layerwise 4 f9c24862
+    # %% 23_machinery sec-layerwise 4 8084f5fd
     @torch.no_grad()
     def observe(self, layer: Layer, a: Tensor, g: Tensor | None) -> None:
         """Take in inputs and output gradients of some examples."""
@@ -345,8 +351,9 @@ class LayerOptimizer(Optimizer):
     def _changed(self, layer: Layer) -> str:
         """Why a layer is no longer the one that is watched, with the remedy; or nothing."""
         now, kind = [tuple(p.shape) for p in layer.parameters], type(self).__name__
-        told = f"layer {layer.name!r} had parameters of shape {layer.sizes} when {kind} was"
-        return "" if now == layer.sizes else f"{told} built, and has {now} now; build it anew"
+        told = f"layer {layer.name!r} had parameters of shape {layer.sizes}"
+        told = f"{told} when {kind} was built, and has {now} now; build it anew"
+        return "" if now == layer.sizes else told
 
 
     def _group(self, layer: Layer) -> Group:
@@ -358,7 +365,7 @@ class LayerOptimizer(Optimizer):
         """Where statistics are kept."""
         return self.generator.device
 
-    # %% 23_machinery sec-layerwise 5 b6e5d1f9
+    # %% 23_machinery sec-layerwise 5 0d25c439
     def _gather(self) -> None:
         """Before anything changes: what is refused, and the means over all processes."""
         if self._gathered:
@@ -381,10 +388,10 @@ class LayerOptimizer(Optimizer):
             g = layer.gradient() if unmet else None
             if g is not None and g.any():
                 raise RuntimeError(
-                    f"layer {layer.name!r} has a gradient, but {kind} saw no forward pass of it "
-                    "since the last step; call the model itself, as model(x), not compiled, with "
-                    "use_reentrant=False where it is checkpointed, and differentiate a loss of "
-                    "its output"
+                    f"layer {layer.name!r} has a gradient, but {kind} saw no forward pass "
+                    "of it since the last step; call the model itself, as model(x), not "
+                    "compiled, with use_reentrant=False where it is checkpointed, and "
+                    "differentiate a loss of its output"
                 )
         stepped = {id(p) for layer in capture.layers for p in layer.parameters}
         named = [*self._frozen]
@@ -395,9 +402,9 @@ class LayerOptimizer(Optimizer):
         for name, p in named:
             if p.requires_grad and p.grad is not None and id(p) not in stepped:
                 raise RuntimeError(
-                    f"parameter {name!r} was frozen when {kind} was built and has a gradient now; "
-                    "build it anew or, if no group has the parameter yet, add it with "
-                    "add_param_group({'params': [p]})"
+                    f"parameter {name!r} was frozen when {kind} was built and has a "
+                    "gradient now; build it anew or, if no group has the parameter yet, "
+                    f"add it with add_param_group({'params': [p]})"
                 )
         self._gathered = True
 
@@ -408,9 +415,10 @@ class LayerOptimizer(Optimizer):
         kind = self.capture.likelihood
         if self.reduction is None and rows != examples and kind != "categorical":
             raise ValueError(
-                f"{examples} examples have outputs of {rows} rows, and whether the loss is a mean "
-                f"over the one or the other does not show under likelihood={kind!r}; pass "
-                "reduction='mean' (over rows: tokens, pixels) or 'examples'"
+                f"{examples} examples have outputs of {rows} rows, and whether the loss is "
+                "a mean over the one or the other does not show under "
+                f"likelihood={kind!r}; pass reduction='mean' (over rows: tokens, pixels) "
+                "or 'examples'"
             )
         return float(rows or 1) if self.reduction == "sum" else 1.0
 
@@ -429,10 +437,10 @@ class LayerOptimizer(Optimizer):
                 negative = "the loss is the negative of a cross-entropy"
                 raise ValueError(f"{negative}; pass maximize=True")
             raise ValueError(
-                f"the loss is {weight:.3g} times the mean over the {seen['rows']} rows of outputs, "
-                "or more, or no such mean at all; divide it by their number, or pass "
-                "reduction='sum', 'examples' (a mean over examples of sums over their rows), or "
-                "'mean' if the factor is meant; or the likelihood of the loss"
+                f"the loss is {weight:.3g} times the mean over the {seen['rows']} rows of "
+                "outputs, or more, or no such mean at all; divide it by their number, or "
+                "pass reduction='sum', 'examples' (a mean over examples of sums over their "
+                "rows), or 'mean' if the factor is meant; or the likelihood of the loss"
             )
         self.capture.weighing = False
 
@@ -468,14 +476,15 @@ class LayerOptimizer(Optimizer):
             return
         if group is None:
             raise RuntimeError(
-                f"{processes()} processes run, and {type(self).__name__} does not know which of "
-                "them average gradients; wrap the model in DistributedDataParallel, or pass "
-                "process_group= (of this process alone, if it trains alone)"
+                f"{processes()} processes run, and {type(self).__name__} does not know "
+                "which of them average gradients; wrap the model in "
+                "DistributedDataParallel, or pass process_group= (of this process alone, "
+                "if it trains alone)"
             )
         if self.reduction == "sum":
             raise RuntimeError(
-                "reduction='sum' is not supported on several processes; let the loss be a mean "
-                "over rows, and leave reduction= out"
+                "reduction='sum' is not supported on several processes; let the loss be a "
+                "mean over rows, and leave reduction= out"
             )
         weight = torch.as_tensor(capture.seen["weight"], device=self.device)
         sums = [weight / processes(group)]
@@ -498,7 +507,7 @@ class LayerOptimizer(Optimizer):
             if layer in before or self._memory(layer) or n > 0:
                 self.pending[layer], self.counts[layer] = means, n
 
-    # %% 23_machinery sec-layerwise 6 77bbff26
+    # %% 23_machinery sec-layerwise 6 3dd9107c
     def _refresh(self) -> None:
         """Renew the factors that are due, those of one shape together."""
         every, now = self.inverse_update_every, self._own[0]["steps"]
@@ -520,11 +529,11 @@ class LayerOptimizer(Optimizer):
             except torch.linalg.LinAlgError as error:
                 names = ", ".join(repr(layer.name) for layer in layers)
                 raise FloatingPointError(
-                    f"factor {side} of layer {names} has no eigenvectors, since its statistics "
-                    "are not finite; lower lr, or use nonfinite='skip'"
+                    f"factor {side} of layer {names} has no eigenvectors, since its "
+                    "statistics are not finite; lower lr, or use nonfinite='skip'"
                 ) from error
 
-    # %% 23_machinery sec-layerwise 7 fc7155f4
+    # %% 23_machinery sec-layerwise 7 4c897655
     def directions(self, work: Any, finite: Tensor | None) -> dict[Tensor, Tensor]:
         """Preconditioned gradients, clipped; and the next step is prepared."""
         self._gather()
@@ -553,8 +562,8 @@ class LayerOptimizer(Optimizer):
         pairs = [(p, x) for x in self._own for p in x["params"] if p in updates]
         if not pairs:
             return
-        terms = [_number(x["lr_max"]) ** 2 * _dot(updates[p], p.grad) for p, x in pairs]
-        size = torch.stack([x.to(terms[0]) for x in terms]).sum() / self.factor
+        terms = [x["lr_max"] ** 2 * _dot(updates[p], p.grad) for p, x in pairs]
+        size = torch.stack([x.to(terms[0]).squeeze() for x in terms]).sum() / self.factor
         for p, group in pairs:
             if group["kl_clip"] < math.inf:
                 nu = (group["kl_clip"] / size.clamp(min=0)).sqrt().clamp(max=1)
@@ -605,7 +614,7 @@ class LayerOptimizer(Optimizer):
                 x = x.diagonal() if name in self.sides and x.ndim == 2 else x
                 yield self._group(layer), f"statistic {name} of layer {layer.name!r}", x
 
-    # %% 23_machinery sec-layerwise 9 b3b1fad9
+    # %% 23_machinery sec-layerwise 9 82499840
     def _forget_passes(self) -> None:
         self.pending, self.counts, self._gathered = {}, {}, False
         self.capture.clear()
@@ -660,8 +669,9 @@ class LayerOptimizer(Optimizer):
             for name, x in state.get("layers", {}).get(self.slots[layer], {}).items():
                 if tuple(x.shape) != sizes.get(name, tuple(x.shape)):
                     why = why or (
-                        f"its statistic {name!r} has shape {tuple(x.shape)}, which has to be "
-                        f"{sizes[name]} for layer {layer.name!r}; load a checkpoint of this model"
+                        f"its statistic {name!r} has shape {tuple(x.shape)}, which has to "
+                        f"be {sizes[name]} for layer {layer.name!r}; load a checkpoint of "
+                        "this model"
                     )
         return why
 
@@ -669,8 +679,9 @@ class LayerOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; statistics keep the type they were saved in."""
         super(LayerOptimizer, self).load_state_dict(state_dict)
-        groups = zip(state_dict["param_groups"], self.param_groups, strict=True)
-        for key, p in [x for a, b in groups for x in zip(a["params"], b["params"], strict=True)]:
+        saved, own = ([p for x in groups for p in x["params"]] for groups in (
+            state_dict["param_groups"], self.param_groups))  # fmt: skip
+        for key, p in zip(saved, own, strict=True):
             given = state_dict["state"].get(key, {}).get("layers", {})
             for slot, memory in given.items():
                 copied = {n: x.detach().to(p.device, copy=True) for n, x in memory.items()}
@@ -679,13 +690,9 @@ class LayerOptimizer(Optimizer):
         self._prepare()
 
 
-# %% 23_machinery sec-layerwise 10 02c31fe3
-def _number(lr: float | Tensor) -> float | Tensor:
-    return lr.squeeze() if isinstance(lr, Tensor) else lr
-
-
+# %% 23_machinery sec-layerwise 10 2309fc45
 def _largest(lr: float | Tensor, before: float | Tensor) -> float | Tensor:
-    """The larger of two learning rates, apart from a tensor that may change in place."""
+    """The larger of two learning rates, as a value that does not change in place."""
     if isinstance(lr, Tensor):
         return torch.maximum(lr.detach(), torch.as_tensor(before).to(lr))
     return max(lr, float(before))

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c290e269
+# %% head ff9147d8
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-vector 1 a80a27f1
+# %% 23_machinery sec-vector 1 91d7c407
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
@@ -26,7 +26,7 @@ from guided_descent.core import Group, Optimizer, Options, check_choice
 
 
 def processes(group: Any = None) -> int:
-    """How many processes run together: one, unless ``torch.distributed`` says otherwise."""
+    """How many processes run together: one without ``torch.distributed``."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size(group)
     return 1
@@ -59,7 +59,7 @@ def pull(
     return torch.autograd.grad(y, x, u, is_grads_batched=rows, **keep)
 
 
-# %% 23_machinery sec-vector 2 2ab4779e
+# %% 23_machinery sec-vector 2 eddfdbf9
 class Objective:
     """A closure's loss as a function of one vector: all parameters that are not frozen.
 
@@ -122,8 +122,8 @@ class Objective:
             slopes = self._collect()
         for g, p in zip(slopes, self.params, strict=True):
             if g.layout is not torch.strided:
-                found = f"the gradient of a parameter of shape {tuple(p.shape)} is sparse"
-                raise ValueError(f"{found}; use a dense one (nn.Embedding: sparse=False)")
+                told = f"the gradient of a parameter {tuple(p.shape)} is sparse"
+                raise ValueError(f"{told}; use a dense one (Embedding: sparse=False)")
         self.loss = loss if self.loss is None else self.loss
         return self.sign * float(loss), self.sign * flat(slopes).detach()
 
@@ -137,8 +137,8 @@ class Objective:
                 raise
             remedy = "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
             raise RuntimeError(
-                f"no second derivative: {error}; use operations that have one (attention: "
-                f"run the closure's forward pass {remedy})"
+                f"no second derivative: {error}; use operations that have one "
+                f"(attention: run the closure's forward pass {remedy})"
             ) from error
         pairs = zip(Hv, self.params, strict=True)  # a zero has no rows yet
         Hv = [h.expand((*rows, *p.shape)).reshape(*rows, p.numel()) for h, p in pairs]
@@ -163,16 +163,16 @@ class Objective:
     def _collect(self) -> list[Tensor]:
         """The gradients that the closure's ``backward`` has left."""
         if all(p.grad is None for p in self.params):
-            remedy = "let it call loss.backward() before it returns the loss"
-            raise RuntimeError(f"the closure left no gradient in any parameter; {remedy}")
+            told = "the closure left no gradient in any parameter"
+            raise RuntimeError(f"{told}; let it call loss.backward() before it returns")
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
 
     def _differentiate(self, loss: Tensor, graph: bool) -> tuple[Tensor, ...]:
         """The gradients of a loss that nobody has differentiated yet."""
         if not loss.requires_grad:
             raise RuntimeError(
-                "the closure's loss does not depend on the parameters; let it return the "
-                "loss itself, not a detached copy or .item()"
+                "the closure's loss does not depend on the parameters; let it return "
+                "the loss itself, not a detached copy or .item()"
             )
         keep = {"retain_graph": True, "materialize_grads": True, "create_graph": graph}
         try:
@@ -186,22 +186,25 @@ class Objective:
             ) from error
 
 
-# %% 23_machinery sec-vector 3 a913499a
+# %% 23_machinery sec-vector 3 82446e4f
 class VectorOptimizer(Optimizer):
     """The base of methods that treat all parameters as one vector.
 
-    A subclass has ``search(objective, f, g, group, state)``. It returns the new point, and
-    changes ``state``, a copy of what was remembered.
+    A subclass has ``search(objective, f, g, group, state)``. It returns the new point,
+    and changes ``state``, a copy of what was remembered.
 
-    A step reads losses back to the host. It needs a closure, takes one parameter group, and
-    runs as written: there is only ``engine="auto"`` or ``"loop"``. The state belongs to the
+    A step reads losses back to the host. It needs a closure, takes one parameter group,
+    and
+    runs as written: there is only ``engine="auto"`` or ``"loop"``. The state belongs to
+        the
     first parameter, as in ``torch.optim.LBFGS``.
 
-    Where the loss or a gradient is not finite at the start of a step, ``nonfinite`` decides:
-    ``"skip"`` (the default here) changes nothing and counts, ``"raise"`` raises,
-    ``"propagate"`` takes the step −lr·g. Trial points where the loss is not finite are
-    refused like those where it is too large. If the closure raises, the parameters are put
-    back. On several processes loss and gradient have to be the same on all.
+    Where the loss or a gradient is not finite at the start of a step, ``nonfinite``
+    decides: ``"skip"`` (the default here) changes nothing and counts, ``"raise"``
+    raises, ``"propagate"`` takes the step −lr·g. Trial points where the loss is not
+    finite are refused like those where it is too large. If the closure raises, the
+    parameters are put back. On several processes loss and gradient have to be the same
+    on all.
 
     Args:
         params: Parameters, or one group, as in ``torch.optim``.
@@ -243,16 +246,16 @@ class VectorOptimizer(Optimizer):
 
         Args:
             closure: Clears the gradients, computes the loss, and returns it. It calls
-                ``backward`` unless the method ``differentiates``. Within a step it is the
-                same function each time: one batch, no dropout.
+                ``backward`` unless the method ``differentiates``. Within a step it is
+                the same function each time: one batch, no dropout.
 
         Returns:
             The loss at the point where the step began.
 
         Raises:
             TypeError: There is no closure, or it returns no loss.
-            RuntimeError: The closure called ``backward`` where it should not, or did not
-                where it should; processes see different losses.
+            RuntimeError: The closure called ``backward`` where it should not, or did
+                not where it should; processes see different losses.
             ValueError: A sparse gradient; no parameter is free; a parameter has another
                 shape than it had.
             FloatingPointError: The loss or its gradient is not finite, under
@@ -263,8 +266,8 @@ class VectorOptimizer(Optimizer):
         if closure is None:
             backward = "does not call" if self.differentiates else "calls"
             raise TypeError(
-                f"{kind} evaluates the loss itself; use step(closure) with a function that "
-                f"returns the loss and {backward} backward()"
+                f"{kind} evaluates the loss itself; use step(closure) with a function "
+                f"that returns the loss and {backward} backward()"
             )
         params, lr = group["params"], float(group["lr"])
         self._check_params(params)
@@ -299,7 +302,7 @@ class VectorOptimizer(Optimizer):
         return objective.loss
 
     def _check_alike(self, f: float, g: Tensor) -> None:
-        """Refuse losses of their own on several processes: replicas would drift apart."""
+        """Refuse other losses on other processes: replicas would drift apart."""
         if processes() == 1:
             return
         mine = torch.stack([g.new_tensor(f), g.sum(), g.square().sum()]).nan_to_num()
@@ -308,8 +311,9 @@ class VectorOptimizer(Optimizer):
         if not torch.equal(seen[:3], -seen[3:]):
             raise RuntimeError(
                 f"{processes()} processes have losses or gradients of their own, and "
-                f"{type(self).__name__} would drift apart on them; let the closure return the "
-                "mean over processes, differentiably, or use KFAC, or an elementwise method"
+                f"{type(self).__name__} would drift apart on them; let the closure "
+                "return the mean over processes, differentiably, or use KFAC, or an "
+                "elementwise method"
             )
 
     def _not_finite(self, x: Tensor, g: Tensor, group: Group) -> Tensor:
@@ -345,8 +349,8 @@ class VectorOptimizer(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add the one group there is."""
         if self.param_groups:
-            kind = type(self).__name__
-            raise ValueError(f"{kind} treats all parameters as one vector; pass one group")
+            told = f"{type(self).__name__} treats all parameters as one vector"
+            raise ValueError(f"{told}; pass one group")
         super().add_param_group(param_group)
         self._check_params(self.param_groups[0]["params"])
 

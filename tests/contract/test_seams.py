@@ -230,6 +230,24 @@ def test_soap_is_adam_in_the_eigenbasis_of_the_running_means(engine):
     torch.testing.assert_close(x.detach(), y, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("engine", ["loop", "foreach"])
+@pytest.mark.parametrize("cls", [Muon, SOAP])
+def test_a_run_that_starts_turned_and_sees_turned_gradients_is_the_turned_run(cls, engine):
+    generator = torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=generator))
+    start, *gradients = torch.randn(6, 4, 3, dtype=torch.float64, generator=generator)
+
+    def descend(turn):
+        x = (turn @ start).requires_grad_()
+        optimizer = cls([x], lr=0.1, engine=engine)
+        for g in gradients:
+            x.grad = turn @ g
+            optimizer.step()
+        return x.detach()
+
+    torch.testing.assert_close(descend(Q), Q @ descend(torch.eye(4).double()), rtol=1e-12, atol=1e-12)
+
+
 # Turns
 
 
