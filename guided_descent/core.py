@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head dfebc7ae
+# %% head 94a3f2e6
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -443,7 +443,7 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped = before + (~finite).long()
         return finite
 
-    # %% 23_machinery sec-base-class 7 ed7c8078
+    # %% 23_machinery sec-base-class 7 f90ea079
     def _advance(
         self, group: Group, engine: str, grads: Grads, finite: Tensor | None
     ) -> None:
@@ -451,7 +451,7 @@ class Optimizer(torch.optim.Optimizer):
         method, due = self._method(group), self._due(group)
         for (key, *_), some in self._calls(group, grads, finite).items():
             device, dtype, view, names, dtypes = key
-            h, state = _shared(group), [self.state[p] for p in some]
+            h, state = _shared(group), [self.state.get(p, {}) for p in some]
             keep = None if finite is None else finite.to(device)
             before = {name: state[0][name] for name in method.clocks}
             for name, x in before.items():  # on the host, reading it waits for nobody

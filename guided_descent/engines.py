@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a0954ad3
+# %% head 4186bc22
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -173,7 +173,7 @@ def _stack(x: Any, alike: list[int]) -> Any:
     return some[0][None] if len(some) == 1 else torch.stack(some)
 
 
-# %% 23_machinery sec-engines 1 9fa8174f
+# %% 23_machinery sec-engines 1 d7cb5db1
 class Job(NamedTuple):
     """What an engine has to run."""
 
@@ -211,6 +211,8 @@ def _run(job: Job, work: Work, call: Callable[[Job, Work], None]) -> None:
     """Run a rule on one chunk of tensors: negate, convert, call, undo, convert back."""
     if job.h.maximize:
         work = work._replace(g=torch._foreach_neg(work.g))
+    if job.dtype is None and job.finite is None:
+        return call(job, work)
     kept = work.changing
     if job.dtype is not None:
         work = work.each(
@@ -225,7 +227,7 @@ def _run(job: Job, work: Work, call: Callable[[Job, Work], None]) -> None:
             x.copy_(new)
 
 
-# %% 23_machinery sec-engines 2 8367bd78
+# %% 23_machinery sec-engines 2 f043bd91
 def _loop(job: Job, work: Work) -> None:
     """The rule on one tensor after another: the reference for every other engine."""
     on_device = any(isinstance(value, Tensor) for value in vars(job.h).values())
@@ -285,8 +287,7 @@ def _compiled(job: Job, work: Work) -> None:
             fixed[name] = value
     if "_graph" not in vars(method):
         method._graph = torch.compile(_trace, dynamic=False, fullgraph=True)
-    # Dynamo counts the graphs of all optimizers together, and by default stops at
-    # eight.
+    # Dynamo counts the graphs of all optimizers together, and stops at eight.
     limits = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096}
     with torch._dynamo.config.patch(limits):
         method._graph(job.rule, *work, changing, fixed)

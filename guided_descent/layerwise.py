@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head fb5b7f3e
+# %% head 31abf938
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -365,7 +365,7 @@ class LayerOptimizer(Optimizer):
         """Where statistics are kept."""
         return self.generator.device
 
-    # %% 23_machinery sec-layerwise 5 0d25c439
+    # %% 23_machinery sec-layerwise 5 1d57d6e9
     def _gather(self) -> None:
         """Before anything changes: what is refused, and the means over all processes."""
         if self._gathered:
@@ -404,7 +404,7 @@ class LayerOptimizer(Optimizer):
                 raise RuntimeError(
                     f"parameter {name!r} was frozen when {kind} was built and has a "
                     "gradient now; build it anew or, if no group has the parameter yet, "
-                    f"add it with add_param_group({'params': [p]})"
+                    "add it with add_param_group({'params': [p]})"
                 )
         self._gathered = True
 
@@ -533,7 +533,7 @@ class LayerOptimizer(Optimizer):
                     "statistics are not finite; lower lr, or use nonfinite='skip'"
                 ) from error
 
-    # %% 23_machinery sec-layerwise 7 4c897655
+    # %% 23_machinery sec-layerwise 7 6b3ae674
     def directions(self, work: Any, finite: Tensor | None) -> dict[Tensor, Tensor]:
         """Preconditioned gradients, clipped; and the next step is prepared."""
         self._gather()
@@ -553,7 +553,7 @@ class LayerOptimizer(Optimizer):
         self._prepare()
         return {p: u.to(p.dtype) for p, u in updates.items()}
 
-
+    # %% 23_machinery sec-layerwise 8 bbf3565f
     def _clip(self, updates: dict[Tensor, Tensor]) -> None:
         """Shrink the whole step onto its limit, at the largest lr: so far, or scheduled."""
         for group in self._own:
@@ -569,7 +569,7 @@ class LayerOptimizer(Optimizer):
                 nu = (group["kl_clip"] / size.clamp(min=0)).sqrt().clamp(max=1)
                 updates[p].mul_(nu.to(p.device, updates[p].dtype))
 
-    # %% 23_machinery sec-layerwise 8 5c3d26ad
+    # %% 23_machinery sec-layerwise 9 5c3d26ad
     def _update(self, layer: Layer, updates: dict[Tensor, Tensor]) -> None:
         """Write the update of a layer into tensors like its parameters."""
         memory, g = self._memory(layer), layer.gradient()
@@ -614,7 +614,7 @@ class LayerOptimizer(Optimizer):
                 x = x.diagonal() if name in self.sides and x.ndim == 2 else x
                 yield self._group(layer), f"statistic {name} of layer {layer.name!r}", x
 
-    # %% 23_machinery sec-layerwise 9 82499840
+    # %% 23_machinery sec-layerwise 10 82499840
     def _forget_passes(self) -> None:
         self.pending, self.counts, self._gathered = {}, {}, False
         self.capture.clear()
@@ -690,7 +690,7 @@ class LayerOptimizer(Optimizer):
         self._prepare()
 
 
-# %% 23_machinery sec-layerwise 10 2309fc45
+# %% 23_machinery sec-layerwise 11 2309fc45
 def _largest(lr: float | Tensor, before: float | Tensor) -> float | Tensor:
     """The larger of two learning rates, as a value that does not change in place."""
     if isinstance(lr, Tensor):
