@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 5d2de173
+# %% head 95732a01
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -84,7 +84,7 @@ def _array(x: Any) -> np.ndarray:
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
-# %% 23_machinery sec-train 1 9592e021
+# %% 23_machinery sec-train 1 bf60007d
 def seed(n: int = 0) -> torch.Generator:
     """Seed Python, NumPy and torch, and return a CPU generator with the same seed.
 
@@ -100,7 +100,7 @@ def seed(n: int = 0) -> torch.Generator:
 
 
 def device() -> torch.device:
-    """The device chapters run on: the current CUDA device when there is one, else the CPU."""
+    """The device chapters run on: the current CUDA device, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -114,27 +114,32 @@ def train(
     record: Callable[[int], dict[str, Any]] | None = None,
     desc: str = "training",
 ) -> dict[str, Tensor]:
-    """Take ``steps`` optimizer steps on ``loss``, with a progress bar, and return what happened.
+    """Take ``steps`` optimizer steps on ``loss``, and return what happened.
 
-    The loss is handed to the optimizer as a closure, so methods that evaluate it several times a step work too, and
-    so do those that differentiate it themselves.
+    The loss is handed to the optimizer as a closure, so methods that evaluate it
+    several times a step work too, and so do those that differentiate it themselves.
     Values stay on the device until the end: recording costs no synchronisation.
 
     Args:
-        loss: Called as ``loss()``, or as ``loss(batch)`` when there are batches; returns a scalar tensor.
+        loss: Called as ``loss()``, or as ``loss(batch)`` when there are batches;
+            returns a scalar tensor.
         optimizer: Any ``torch.optim.Optimizer``.
         steps: Number of steps, at least one.
-        batches: One batch for each step; a step that calls the closure repeatedly sees the same one.
+        batches: One batch for each step; a step that calls the closure repeatedly sees
+            the same one.
         scheduler: Stepped once after each step; one whose ``step`` needs no argument.
-        record: Called as ``record(t)`` before step ``t``, with gradients off; the values it returns are stacked, under
-            any name but ``"loss"``.
-        desc: The text beside the progress bar. ``GUIDED_DESCENT_PROGRESS=0`` in the environment hides the bar.
+        record: Called as ``record(t)`` before step ``t``, with gradients off; the
+            values it returns are stacked, under any name but ``"loss"``.
+        desc: The text beside the progress bar. ``GUIDED_DESCENT_PROGRESS=0`` in the
+            environment hides the bar.
 
     Returns:
-        ``"loss"`` before each step, and one tensor for each recorded name; the first axis is time.
+        ``"loss"`` before each step, and one tensor for each recorded name; the first
+        axis is time.
 
     Raises:
-        ValueError: ``steps`` is less than one, the batches end early, or ``record`` uses the name ``"loss"``.
+        ValueError: ``steps`` is less than one, the batches end early, or ``record``
+            uses the name ``"loss"``.
 
     Source: appendix "The machinery".
     """
@@ -144,21 +149,25 @@ def train(
         raise ValueError(f"steps={steps} takes no step; pass at least 1")
     history: dict[str, list[Tensor]] = {"loss": []}
     stream = iter(batches) if batches is not None else None
-    for t in tqdm(range(steps), desc=desc, leave=False, disable=os.environ.get("GUIDED_DESCENT_PROGRESS") == "0"):
+    quiet = os.environ.get("GUIDED_DESCENT_PROGRESS") == "0"
+    for t in tqdm(range(steps), desc=desc, leave=False, disable=quiet):
         if record is not None:
             with torch.no_grad():
                 for name, value in record(t).items():
                     if name == "loss":
-                        raise ValueError("record returned the name 'loss', which the loss itself has; choose another")
-                    history.setdefault(name, []).append(torch.as_tensor(value).detach().clone())
+                        told = "record returned the name 'loss', which the loss has"
+                        raise ValueError(f"{told}; choose another")
+                    value = torch.as_tensor(value).detach().clone()
+                    history.setdefault(name, []).append(value)
         try:
             batch = () if stream is None else (next(stream),)
         except StopIteration:
-            raise ValueError(f"batches ended at step {t} of steps={steps}; pass as many batches as steps") from None
+            told = f"batches ended at step {t} of steps={steps}"
+            raise ValueError(f"{told}; pass as many batches as steps") from None
 
         first: list[Tensor] = []
 
-        def closure(batch: tuple[Any, ...] = batch, first: list[Tensor] = first) -> Tensor:
+        def closure(batch: Any = batch, first: list[Tensor] = first) -> Tensor:
             optimizer.zero_grad()
             value = loss(*batch)
             if not getattr(optimizer, "differentiates", False):
@@ -301,7 +310,7 @@ def _panels(figure: Figure) -> str:
     return " ".join(found)
 
 
-# %% 23_machinery sec-figures 3 42acf6af
+# %% 23_machinery sec-figures 3 f635825c
 def slider(
     frames: dict[str, list[dict[str, Any]]],
     *,
@@ -320,7 +329,8 @@ def slider(
     """Show curves that a slider moves through.
 
     Args:
-        frames: For each position of the slider, its label and the plotly traces (``x``, ``y``, ``name``, …) to draw.
+        frames: For each position of the slider, its label and the plotly traces (``x``,
+            ``y``, ``name``, …) to draw.
         name: What the slider changes, such as ``"η"``.
         xlabel: Label of the horizontal axis.
         ylabel: Label of the vertical axis.
@@ -339,28 +349,33 @@ def slider(
     Source: appendix "The machinery".
     """
     if not 0 <= active < len(frames):
-        raise ValueError(f"active={active} is not one of the {len(frames)} frames; pass 0 to {len(frames) - 1}")
+        told = f"active={active} is not one of the {len(frames)} frames"
+        raise ValueError(f"{told}; pass 0 to {len(frames) - 1}")
     owner = [k for k, traces in enumerate(frames.values()) for _ in traces]
     shown = [[k == frame for k in owner] for frame in range(len(frames))]
+    traces = [trace for some in frames.values() for trace in some]
     data = [
-        {**trace, "x": _rounded(trace["x"]), "y": _rounded(trace["y"]), "visible": visible}
-        for trace, visible in zip((t for traces in frames.values() for t in traces), shown[active], strict=True)
+        {**x, "x": _rounded(x["x"]), "y": _rounded(x["y"]), "visible": visible}
+        for x, visible in zip(traces, shown[active], strict=True)
     ]
     steps = [
         {"label": label, "method": "restyle", "args": ["visible", visible]}
         for label, visible in zip(frames, shown, strict=True)
     ]
+    equal = {"scaleanchor": "x", "scaleratio": aspect} if aspect else {}
+    bar = {"currentvalue": {"prefix": f"{name} = "}, "pad": {"t": 45}}
     layout = {
         "title": {"text": title},
         "height": height,
         "margin": {"l": 60, "r": 15, "t": 50 if title else 30, "b": 50},
         "xaxis": _axis(xlabel, logx, xrange),
-        "yaxis": _axis(ylabel, logy, yrange) | ({"scaleanchor": "x", "scaleratio": aspect} if aspect else {}),
+        "yaxis": _axis(ylabel, logy, yrange) | equal,
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "colorway": list(COLORS.values()),
-        "sliders": [{"active": active, "steps": steps, "currentvalue": {"prefix": f"{name} = "}, "pad": {"t": 45}}],
+        "sliders": [{"active": active, "steps": steps, **bar}],
     }
-    interactive({"data": data, "layout": layout}, f"Interactive figure: a slider for {name}")
+    text = f"Interactive figure: a slider for {name}"
+    interactive({"data": data, "layout": layout}, text)
 
 
 def interactive(figure: dict[str, Any], text: str) -> None:
@@ -383,16 +398,20 @@ def interactive(figure: dict[str, Any], text: str) -> None:
 
 
 def _rounded(values: Any) -> list[float | None]:
-    """Four significant digits are plenty for a screen; what is not finite leaves a gap."""
-    return [float(f"{v:.4g}") if np.isfinite(v) else None for v in np.asarray(values, dtype=float).ravel()]
+    """Four significant digits are plenty; what is not finite leaves a gap."""
+    numbers = np.asarray(values, dtype=float).ravel()
+    return [float(f"{v:.4g}") if np.isfinite(v) else None for v in numbers]
 
 
 def _axis(label: str, log: bool, limits: tuple[float, float] | None) -> dict[str, Any]:
-    axis: dict[str, Any] = {"title": {"text": label}, "type": "log" if log else "linear", "exponentformat": "power"}
-    return axis | ({"range": [float(np.log10(v)) if log else v for v in limits]} if limits else {})
+    axis: dict[str, Any] = {"title": {"text": label}, "exponentformat": "power"}
+    axis["type"] = "log" if log else "linear"
+    if limits:
+        axis["range"] = [float(np.log10(v)) if log else v for v in limits]
+    return axis
 
 
-# %% 23_machinery sec-pieces 1 97e8645e
+# %% 23_machinery sec-pieces 1 e4415938
 import abc
 import builtins
 
@@ -400,7 +419,7 @@ import builtins
 def method_of(cls: type) -> Callable[[Any], Any]:
     """Add a function to a class, as a method: a chapter tells a class in pieces.
 
-    Outermost over a function, or over a ``staticmethod``, ``classmethod`` or ``property``::
+    Outermost over a function, a ``staticmethod``, ``classmethod`` or ``property``::
 
         @method_of(SGD)
         @staticmethod
@@ -423,7 +442,8 @@ def method_of(cls: type) -> Callable[[Any], Any]:
     def attach(member: Any) -> Any:
         name = getattr(getattr(member, "fget", member), "__name__", None)
         if name is None or isinstance(member, type):
-            raise TypeError(f"method_of({cls.__name__}) over {member!r}; put it above a function")
+            told = f"method_of({cls.__name__}) over {member!r}"
+            raise TypeError(f"{told}; put it above a function")
         setattr(cls, name, member)
         abc.update_abstractmethods(cls)
         return sys._getframe(1).f_globals.get(name, vars(builtins).get(name))

@@ -18,6 +18,7 @@ from literate.tangle import BANNER, first_difference, hand_edit, package
 
 IMAGES = ("image/png", "image/jpeg", "image/svg+xml")
 LARGEST_IMAGE = 40_000  # bytes
+WIDEST = 88  # columns of a code cell: no box on a page scrolls
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
 
 
@@ -131,11 +132,15 @@ def _text(book: Book, chapter: Chapter) -> Iterator[Finding]:
 
 
 def _code(book: Book, chapter: Chapter) -> Iterator[Finding]:
-    """No magics; methods reach the package; checks name equations; a cell that is not compared asserts."""
+    """No long lines, no magics; methods reach the package; checks name equations; what is not compared asserts."""
     exported = {export.cell for export in chapter.exports}
     for index, cell in enumerate(chapter.cells):
         if cell.kind != "code":
             continue
+        for offset, text in enumerate(cell.source.split("\n")):
+            if len(text) > WIDEST:
+                what = f"{len(text)} columns of code; break the line, at most {WIDEST} fit a page"
+                yield Finding(chapter.file, cell.line + offset, what)
         try:
             tree = syntax(chapter, cell)
         except SourceError as error:

@@ -35,6 +35,7 @@ from literate.fold import folded
 from literate.notebook import PLOTLY, PUBLISHED, TICK, draft_outputs, stored_outputs
 from literate.plain import added
 from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, shown
+from literate.ticks import explained, parted
 from literate.weight import copy_mathjax, keep_used_icons
 
 ASSETS = Path(__file__).parent / "assets"
@@ -98,8 +99,9 @@ def read(text: str, root: str, stem: str, draft: bool) -> nbformat.NotebookNode:
 def present(output: Any, metadata: dict[str, Any], name: str) -> list[Any]:
     """A stored output as the page shows it: checks as one quiet line, Plotly figures as an element that loads them."""
     if output.output_type == "stream" and output.name == "stdout" and TICK.search(output.text):
-        return [markdown(check_line(line)) if TICK.fullmatch(line) else new_output("stream", name="stdout", text=line)
-                for line in output.text.splitlines()]
+        words, ticks = parted(output.text)
+        said = [new_output("stream", name="stdout", text=words)] if words.strip() else []
+        return [*said, *([new_output("display_data", data={"text/markdown": ticks})] if ticks else [])]
     if PLOTLY in output.get("data", {}):
         figure = output.data[PLOTLY]
         figures[name] = json.dumps(figure, separators=(",", ":"), ensure_ascii=False)
@@ -109,17 +111,6 @@ def present(output: Any, metadata: dict[str, Any], name: str) -> list[Any]:
                 f'aria-label="{alt.replace(chr(34), "&quot;")}"></div>')
         return [new_output("display_data", data={"text/html": html})]
     return [output]
-
-
-def markdown(text: str) -> nbformat.NotebookNode:
-    return new_output("display_data", data={"text/markdown": text})
-
-
-def check_line(line: str) -> str:
-    """`✓ (eq-x) within 1e-12` with the equation's number in place of its label."""
-    match = TICK.fullmatch(line)
-    assert match
-    return f":::{{div}} gd-check\n✓ {{eq}}`{match['label']}` {match['text']}\n:::"
 
 
 def badge(export: Export) -> str:
@@ -296,6 +287,8 @@ def adjust_page(app: Any, pagename: str, templatename: str, context: dict[str, A
     # docutils' role for a reference is deprecated, and a list has to hold list items; sphinx-exercise repeats an id
     body = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
     body = re.sub(r'<section id="(\w+-content)">', r'<section class="\1">', body)
+    first = book(str(app.srcdir)).chapters[:1]
+    body = explained(body, first=any(chapter.docname == pagename for chapter in first))
     context["body"] = inlined(folded(body), app)
     if 'class="math' not in body:
         context["script_files"] = [file for file in context["script_files"] if not about_mathematics(file)]
