@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 95732a01
+# %% head d80dd397
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -231,7 +231,7 @@ def style() -> None:
             formatters["image/svg+xml"].for_type(Figure, _svg)
 
 
-# %% 23_machinery sec-figures 2 dea09e1f
+# %% 23_machinery sec-figures 2 d5226669
 def _svg(figure: Figure) -> str:
     """The figure as SVG, the same at every run; what is dense in it as pixels."""
     svg = _draw(figure)
@@ -258,12 +258,13 @@ def _draw(figure: Figure) -> str:
     """SVG without its preamble and its needless digits, its pixels in 256 colours."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", dpi=150, facecolor="white", metadata=nothing)
+    figure.savefig(file, format="svg", dpi=120, facecolor="white", metadata=nothing)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[\w.]+_\d+"|^ +', "", svg, flags=re.MULTILINE)
     svg = re.sub(r'\b(d|x|y)="[^"]+"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)
-    svg = re.sub(r"\n *", "\n", re.sub(r' ?\n(?=[A-Zz"])', " ", svg))
+    svg = re.sub(r'\bd="[^"]+"', lambda m: re.sub(r"\s*([A-Zz\"])\s*", r"\1", m[0]), svg)
     return re.sub(r"(?<=data:image/png;base64,)[^\"]+", _fewer_colours, svg)
 
 

@@ -108,7 +108,7 @@ def landscapes() -> list[Landscape]:
             "The steep walls forbid a long step, the floor needs one. A memory shortens the way, curvature removes the "
             "trouble: one step. Take twice the best step, and only Adam still arrives.",
             flat, goal, long_inputs,
-            long_inputs @ torch.tensor(goal), linear, one, square, one_layer(long_inputs),
+            long_inputs @ torch.tensor(goal), linear, one, square, one_layer(long_inputs), start=33,
         ),
         Landscape(
             "bend", "Two layers",
