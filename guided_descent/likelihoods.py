@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 523afb0e
+# %% head e4dd044f
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -135,7 +135,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
-# %% 07_curvature_matrices sec-cm-fisher 2 d131a8c5
+# %% 07_curvature_matrices sec-cm-fisher 2 ba6c4229
 def class_axis(f: Tensor, g: Tensor, given: int | None = None) -> int:
     """The axis of the classes: where a cross-entropy's gradient sums to zero.
 
@@ -182,8 +182,8 @@ def class_axis(f: Tensor, g: Tensor, given: int | None = None) -> int:
         )
     if len(found) > 1:
         raise ValueError(
-            f"the loss's gradient by the outputs of shape {shape} sums to zero over each "
-            f"of the axes {found}; pass class_dim= to say which one counts the classes"
+            f"the loss's gradient by the outputs of shape {shape} sums to zero over "
+            f"each of the axes {found}; pass class_dim= to say which one counts the classes"
         )
     return found[0]
 
