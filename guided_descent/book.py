@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 29b7dd83
+# %% head 5d2de173
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -16,10 +16,12 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-check 1 6f2dc78d
+# %% 23_machinery sec-check 1 13f2ffb7
+import base64
 import io
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,7 +29,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.collections import Collection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from guided_descent.core import check_range
@@ -169,7 +173,7 @@ def train(
     return {name: torch.stack(values).cpu() for name, values in history.items()}
 
 
-# %% 23_machinery sec-figures 1 7ca298a7
+# %% 23_machinery sec-figures 1 1cf3fa9e
 #: The palette of Okabe and Ito: it survives colour blindness and grey print.
 COLORS = {
     "blue": "#0072B2",
@@ -184,17 +188,18 @@ COLORS = {
 
 
 def style() -> None:
-    """Set the book's figure style: colour-blind-safe (Okabe and Ito), on white, legible on a phone.
+    """Set the book's figure style: colour-blind-safe (Okabe and Ito), SVG, legible on a phone.
 
     Source: appendix "The machinery".
     """
     plt.rcParams.update(
         {
-            "figure.figsize": (5.4, 3.2),
-            "figure.dpi": 150,
+            "figure.figsize": (5.2, 3.2),
+            "figure.dpi": 100,
             "figure.facecolor": "white",
             "figure.constrained_layout.use": True,
-            "font.size": 11,
+            "font.size": 12,
+            "axes.titlesize": 12,
             "axes.prop_cycle": plt.cycler(color=list(COLORS.values())),
             "axes.spines.top": False,
             "axes.spines.right": False,
@@ -203,25 +208,100 @@ def style() -> None:
             "grid.linewidth": 0.6,
             "legend.frameon": False,
             "lines.linewidth": 1.8,
+            "svg.fonttype": "path",
+            "svg.hashsalt": "guided descent",
         }
     )
     if "ipykernel" in sys.modules:
         from IPython import get_ipython
 
-        plt.close(plt.figure())  # lets the notebook's backend register its own formatter before ours
-        get_ipython().display_formatter.formatters["image/png"].for_type(Figure, _png)
+        if shell := get_ipython():
+            plt.close(plt.figure())  # the notebook's backend registers its formatter first
+            formatters = shell.display_formatter.formatters
+            formatters["image/png"].pop(Figure, None)
+            formatters["image/svg+xml"].for_type(Figure, _svg)
 
 
-def _png(figure: Figure) -> bytes:
+# %% 23_machinery sec-figures 2 dea09e1f
+def _svg(figure: Figure) -> str:
+    """The figure as SVG, the same at every run; what is dense in it as pixels."""
+    svg = _draw(figure)
+    if len(svg) > _LARGEST:
+        for artist in figure.findobj(_dense):
+            artist.set_rasterized(True)
+        svg = _draw(figure)
+    panels = _panels(figure)
+    return svg.replace("<svg ", f'<svg data-panels="{panels}" ', 1) if panels else svg
+
+
+_LARGEST = 40_000  # bytes
+
+
+def _dense(artist: Any) -> bool:
+    """Whether an artist is drawn with many points: a map, filled contours, a cloud."""
+    if isinstance(artist, Collection):
+        points = sum(len(path.vertices) for path in artist.get_paths())
+        return max(points, len(artist.get_offsets())) > 400
+    return isinstance(artist, Line2D) and artist.get_marker() != "None" and len(artist.get_xdata()) > 400
+
+
+def _draw(figure: Figure) -> str:
+    """SVG without its preamble and its needless digits, its pixels in 256 colours."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", dpi=150, facecolor="white", metadata=nothing)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\b(d|x|y)="[^"]+"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)
+    svg = re.sub(r"\n *", "\n", re.sub(r' ?\n(?=[A-Zz"])', " ", svg))
+    return re.sub(r"(?<=data:image/png;base64,)[^\"]+", _fewer_colours, svg)
+
+
+def _fewer_colours(png: re.Match[str]) -> str:
     from PIL import Image
 
-    large, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(large, format="png", facecolor="white")
-    Image.open(large).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(small, "png", optimize=True)
-    return small.getvalue()
+    file = io.BytesIO()
+    image = Image.open(io.BytesIO(base64.b64decode(png[0]))).convert("RGBA")
+    octree = Image.Quantize.FASTOCTREE
+    image.quantize(256, method=octree).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
-# %% 23_machinery sec-figures 2 42acf6af
+def _panels(figure: Figure) -> str:
+    """Where panels side by side may be cut apart: in points, ``left:right`` of each.
+
+    ``+left:right`` follows a panel whose numbers stand beside the first one: the strip that
+    holds them. Empty where nothing can be cut.
+    """
+    renderer = figure.canvas.get_renderer()
+    columns: dict[int, list[Any]] = {}
+    for axes in figure.axes:
+        spec = axes.get_subplotspec()
+        column = spec.get_topmost_subplotspec().colspan.start if spec else max(columns, default=0)
+        columns.setdefault(column, []).append(axes)
+    if len(columns) < 2 or figure.texts or figure.legends or figure.get_suptitle():
+        return ""
+    scale = 72 / figure.dpi
+    boxes = [[axes.get_tightbbox(renderer) for axes in columns[k]] for k in sorted(columns)]
+    left = [scale * min(box.x0 for box in column) for column in boxes]
+    right = [scale * max(box.x1 for box in column) for column in boxes]
+    if any(b < a for a, b in zip(right, left[1:], strict=False)):
+        return ""
+    width = 72 * figure.get_figwidth()
+    cuts = [0, *((a + b) / 2 for a, b in zip(right, left[1:], strict=False)), width]
+    first = columns[min(columns)][0]
+    strip = f"+0:{scale * first.get_window_extent(renderer).x0:.1f}"
+    found = []
+    for column, a, b in zip(sorted(columns), cuts, cuts[1:], strict=False):
+        axes = columns[column][0]
+        shared = axes is not first and first.get_shared_y_axes().joined(first, axes)
+        bare = shared and not axes.yaxis.get_tick_params().get("labelleft", True)
+        found.append(f"{a:.1f}:{b:.1f}{strip if bare else ''}")
+    return " ".join(found)
+
+
+# %% 23_machinery sec-figures 3 42acf6af
 def slider(
     frames: dict[str, list[dict[str, Any]]],
     *,

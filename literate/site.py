@@ -28,6 +28,8 @@ from sphinx.environment.collectors.toctree import TocTreeCollector
 from sphinx.errors import ExtensionError
 from sphinx.util import inspect
 
+from literate.figures import inlined
+from literate.fold import folded
 from literate.notebook import PLOTLY, PUBLISHED, TICK, draft_outputs, stored_outputs
 from literate.plain import added
 from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, shown
@@ -257,7 +259,8 @@ def adjust_page(app: Any, pagename: str, templatename: str, context: dict[str, A
     """Colab opens the branch that carries the published notebooks; edits go to the branch that carries the text."""
     # docutils' role for a reference is deprecated, and a list has to hold list items; sphinx-exercise repeats an id
     body = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
-    context["body"] = re.sub(r'<section id="(\w+-content)">', r'<section class="\1">', body)
+    body = re.sub(r'<section id="(\w+-content)">', r'<section class="\1">', body)
+    context["body"] = inlined(folded(body), app)
     for group in context.get("header_buttons", []):
         for button in group.get("buttons", []):
             if button.get("text") == "Colab":

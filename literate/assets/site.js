@@ -87,6 +87,15 @@ async function figures() {
   for (const plot of plots) await draw(plot);
 }
 
+/* ---------------------------------------------------------------- folded code */
+
+document.addEventListener("click", ({ target }) => {
+  const toggle = target.closest?.(".gd-toggle");
+  if (!toggle) return;
+  toggle.setAttribute("aria-expanded", String(toggle.getAttribute("aria-expanded") !== "true"));
+  focusable();
+});
+
 /* ---------------------------------------------------------------- reachable without a mouse */
 
 // What scrolls inside its own box must be reachable with the keyboard.

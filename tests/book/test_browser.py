@@ -17,7 +17,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from literate.source import Book
+from literate.source import Book, shown
 
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 ARGUMENTS = [
@@ -41,7 +41,8 @@ THIN = """() => {
   [...document.querySelectorAll('.bd-article dl.py')].slice(12).forEach(e => e.remove());
 }"""
 BROKEN_IMAGES = """() => [...document.images].filter(i => !i.complete || !i.naturalWidth ||
-  (i.closest('.bd-article') && !i.alt.trim())).map(i => i.src)"""
+  (i.closest('.bd-article') && !i.alt.trim())).map(i => i.src).concat(
+  [...document.querySelectorAll('.gd-figure')].filter(f => !f.ariaLabel?.trim()).map(f => f.outerHTML.slice(0, 200)))"""
 
 
 @dataclass
@@ -235,14 +236,49 @@ def test_solutions_unfold(desk: Page, site: Path) -> None:
     expect(content).to_be_visible()
 
 
-def test_code_can_be_copied(desk: Page, book: Book) -> None:
-    chapter = book.chapters[0]
-    open_page(desk, f"/{chapter.docname}.html")
-    cell = desk.locator("div.cell_input").first
+def test_code_is_copied_whole_folded_or_not(desk: Page, site: Path, book: Book) -> None:
+    name = pages_with(site, "gd-toggle")[0]
+    open_page(desk, f"/chapters/{name}")
+    cell = desk.locator("div.cell_input:has(.gd-own):has(.gd-toggle)").first
+    expect(cell.locator(".gd-rest").first).to_be_hidden()
     cell.hover()
     cell.locator("button.copybtn").click()
     desk.wait_for_function("() => navigator.clipboard.readText().then(text => text.length > 0)")
-    assert desk.evaluate("navigator.clipboard.readText()").strip() == cell.locator("pre").inner_text().strip()
+    copied = desk.evaluate("navigator.clipboard.readText()").strip()
+    chapter = next(c for c in book.chapters if c.stem == name.removesuffix(".html"))
+    assert copied in [shown(c)[0].strip() for c in chapter.cells if c.kind == "code"]
+
+
+def test_folded_code_opens_in_place(desk: Page, site: Path) -> None:
+    open_page(desk, f"/chapters/{pages_with(site, 'gd-toggle')[0]}")
+    toggle = desk.locator(".gd-toggle:visible").first
+    rest = toggle.locator("xpath=following-sibling::*[contains(@class, 'gd-rest')]")
+    lines = int(re.search(r"(\d+) lines", toggle.get_attribute("aria-label"))[1])
+    cell = toggle.locator("xpath=ancestor::pre")
+    height = cell.bounding_box()["height"]
+    toggle.focus()
+    toggle.press("Enter")
+    expect(rest).to_be_visible()
+    expect(toggle).to_have_attribute("aria-expanded", "true")
+    line = cell.evaluate("e => parseFloat(getComputedStyle(e).lineHeight)")
+    assert abs(cell.bounding_box()["height"] - height - lines * line) < 1.5 * line
+    toggle.click()
+    expect(rest).to_be_hidden()
+    assert cell.bounding_box()["height"] == height
+
+
+def test_folded_code_is_whole_on_paper_and_without_scripts(browser: Browser, site: Path, address: str) -> None:
+    name = pages_with(site, "gd-toggle")[0]
+    for scripts in (True, False):
+        page = browser.new_page(viewport=DESKTOP, java_script_enabled=scripts)
+        page.goto(f"{address}/chapters/{name}")
+        folded = page.locator("div.cell_input:visible").filter(has=page.locator(".gd-rest"))
+        expect(folded.locator(".gd-rest").first).to_be_visible(visible=not scripts)
+        page.emulate_media(media="print")
+        for part in folded.first.locator(".gd-rest").all():
+            expect(part).to_be_visible()
+        expect(folded.locator(".gd-toggle").first).to_be_hidden()
+        page.close()
 
 
 def test_hovering_a_reference_shows_it(desk: Page, site: Path) -> None:
