@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c6f6ae63
+# %% head b578c114
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -135,7 +135,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
-# %% 07_curvature_matrices sec-cm-fisher 2 973579a8
+# %% 07_curvature_matrices sec-cm-fisher 2 b74cb049
 def class_axis(f: Tensor, g: Tensor, given: int | None = None) -> int:
     """The axis of the classes: where a cross-entropy's gradient sums to zero.
 
@@ -222,6 +222,6 @@ def check_no_classes(name: str, f: Tensor, g: Tensor) -> None:
         if bool(free & (g.sum(axis).abs().sum() < zero * g.abs().sum())):
             raise ValueError(
                 f"likelihood={name!r} does not fit the loss: its gradient by the "
-                f"outputs of shape {tuple(f.shape)} sums to zero over axis {axis}, as a "
-                "cross-entropy's does; pass likelihood='categorical'"
+                f"outputs of shape {tuple(f.shape)} sums to zero over axis {axis}, "
+                "as a cross-entropy's does; pass likelihood='categorical'"
             )
