@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 8943209c
+# %% head 8e21f13d
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -835,7 +835,7 @@ def hutchpp_trace(
     return Estimate((Q * (A @ Q)).sum() + rest.value, rest.error)
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 1 768b2a7a
+# %% 07_curvature_matrices sec-cm-spectrum 1 58f26c40
 class Ritz(NamedTuple):
     """What Lanczos learns of a spectrum."""
 
@@ -870,7 +870,19 @@ def _first(A: Any, start: Tensor | None, generator: torch.Generator | None) -> T
     return start / length
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 2 ccbdd38a
+def _settled(alpha: list[Tensor], beta: list[Tensor], top: int, tol: float) -> bool:
+    """Is the space invariant, or are the ``top`` largest Ritz values known?"""
+    largest = torch.stack(alpha + beta).abs().max()
+    if beta[-1] <= 10 * torch.finfo(largest.dtype).eps * largest:
+        return True
+    if not 0 < top <= len(alpha):
+        return False
+    theta, S = _tridiagonal(alpha, beta)
+    error = (beta[-1] * S[-1].abs())[-top:].max()
+    return bool(error <= tol * theta.abs().max())
+
+
+# %% 07_curvature_matrices sec-cm-spectrum 2 f44b4f4c
 def lanczos(
     A: Any,
     steps: int,
@@ -883,8 +895,8 @@ def lanczos(
     """Eigenvalues from products, the extreme ones first.
 
     Lanczos with full reorthogonalisation. It takes the memory of ``steps``
-    vectors at once. It ends early when the Krylov space is invariant. Two
-    numbers are read back to the host in each step, more under ``top``.
+    vectors at once. It ends early when the Krylov space is invariant. One
+    number is read back to the host in each step, more under ``top``.
 
     Args:
         A: A ``LinearOperator`` or a symmetric tensor, ``(P, P)``.
@@ -911,23 +923,15 @@ def lanczos(
     first = _first(A, start, generator)
     V = first.new_empty(min(steps, len(first)), len(first))
     V[0] = first
-    alpha, beta, largest = [], [], 0.0
+    alpha, beta = [], []
     for k in range(1, len(V) + 1):
-        v, seen = V[k - 1], V[:k]
-        w = A @ v
-        alpha.append(w @ v)
+        w, seen = A @ V[k - 1], V[:k]
+        alpha.append(w @ V[k - 1])
         for _ in range(2):  # once is not enough
             w = w - seen.T @ (seen @ w)
         beta.append(w.norm())
-        rest = float(beta[-1])
-        largest = max(largest, float(alpha[-1].abs()), rest)
-        if k == len(V) or rest <= 10 * torch.finfo(A.dtype).eps * largest:
+        if k == len(V) or _settled(alpha, beta, top, tol):
             break
-        if top and k >= top:
-            theta, S = _tridiagonal(alpha, beta)
-            error = (beta[-1] * S[-1].abs())[-top:].max()
-            if error <= tol * theta.abs().max():
-                break
         V[k] = w / beta[-1]
     theta, S = _tridiagonal(alpha, beta)
     errors = beta[-1] * S[-1].abs()
