@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 94a3f2e6
+# %% head 1c81ef5d
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -8,7 +8,6 @@ __all__ = [
     "KEYS",
     "OPTIONS",
     "RANGES",
-    "TRANSIENT",
     "Engine",
     "Grads",
     "Group",
@@ -552,7 +551,7 @@ class Optimizer(torch.optim.Optimizer):
         turn = now % every if now else None
         return {unit for unit, its in self._turns[every].items() if its == turn}
 
-    # %% 23_machinery sec-base-class 8 3c67bdc0
+    # %% 23_machinery sec-base-class 8 a359f30e
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
         group = _named({**param_group})
@@ -628,7 +627,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes, for a copy to be whole; but not what torch hangs on them."""
-        return {name: x for name, x in vars(self).items() if name not in TRANSIENT}
+        return {name: x for name, x in vars(self).items() if name not in _transient()}
 
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -748,7 +747,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 36c9eecd
+# %% 23_machinery sec-base-class 9 c5d32b4c
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -762,10 +761,17 @@ ALGORITHMS = {
 }
 #: What any group may hold, beside hyperparameters.
 KEYS = ("params", "param_names", "algorithm", "block_size", "split_sizes", "initial_lr")
-#: Attributes that a copy makes anew: what torch hangs on every optimizer, and ours.
-TRANSIENT = {*vars(torch.optim.SGD([torch.zeros(1)])), "step", "_graph", "_opt_called"}
-TRANSIENT |= {"_plans", "_turns", "_others"}
-TRANSIENT -= {"defaults", "state", "param_groups"}
+
+
+@functools.cache
+def _transient() -> set[str]:
+    """Attributes that a copy makes anew: what torch hangs on every optimizer, and ours.
+
+    Asked when something is copied: torch's first optimizer loads its compiler.
+    """
+    torchs = {*vars(torch.optim.SGD([torch.zeros(1)]))}
+    ours = {"step", "_graph", "_opt_called", "_plans", "_turns", "_others"}
+    return torchs - {"defaults", "state", "param_groups"} | ours
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -6,6 +6,8 @@ Each is run on a small network, with everything else as in test_contract.py. A n
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -394,3 +396,9 @@ def test_a_plain_no_grad_or_eval_pass_changes_nothing(case):
         run.step(t)
         plain.step(t)
     assert same(run.values(), plain.values())
+
+
+def test_the_import_loads_no_compiler():
+    """Torch's first optimizer does, in seconds; a copy needs one, the import does not."""
+    code = "import sys, guided_descent; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
