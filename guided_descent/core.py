@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 1c81ef5d
+# %% head 3c2dee16
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -165,7 +165,7 @@ def share(costs: list[float], bins: int) -> list[int]:
     return where
 
 
-# %% 23_machinery sec-base-class 1 2f1176a5
+# %% 23_machinery sec-base-class 1 bb84ce7e
 class _Plan(NamedTuple):
     """How a parameter meets its rule, until something changes."""
 
@@ -234,22 +234,22 @@ class Optimizer(torch.optim.Optimizer):
     differentiates = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Optimizer":
-        """Refuse torch's keywords that have another name here."""
-        for word in ("foreach", "fused", "capturable", "differentiable"):
+        """Refuse torch's keywords that have another name here, and a parent's alone."""
+        for word in _TORCHS:
             if word in kwargs:
-                told = f"{cls.__name__} has no {word}={kwargs[word]!r}"
-                raise TypeError(f"{told}; choose with engine=, see Options")
+                raise TypeError(_engine_instead(cls, word, kwargs[word]))
+        own = inspect.signature(cls.__init__).parameters.keys() | OPTIONS
+        if (unknown := kwargs.keys() - own) and _declares(cls):
+            raise TypeError(_unknown(cls, min(unknown)))
         return super().__new__(cls)
 
-    # %% 23_machinery sec-base-class 2 5ffc52fd
+    # %% 23_machinery sec-base-class 2 77ff3c2b
     def __init__(
         self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]
     ) -> None:
         kind = type(self).__name__
         if unknown := options.keys() - OPTIONS:
-            own = [*inspect.signature(type(self)).parameters][1:-1]
-            names = ", ".join([*own, *OPTIONS])
-            raise TypeError(f"{kind} has no {min(unknown)}=; use one of {names}")
+            raise TypeError(_unknown(type(self), min(unknown)))
         if isinstance(params, torch.nn.Module):
             raise TypeError(f"{kind} got a module; pass model.parameters()")
         self.skipped: Tensor | None = None
@@ -328,11 +328,11 @@ class Optimizer(torch.optim.Optimizer):
                 self._advance(group, engine, grads, keep)
         return loss
 
-    # %% 23_machinery sec-base-class 4 4091709f
+    # %% 23_machinery sec-base-class 4 f96dc059
     def _engine(self, group: Group, params: list[Tensor]) -> str:
         """The engine a group runs on, after refusing what it cannot do."""
         method, name, settings = self._method(group), group["engine"], _settings(group)
-        check_choice("engine", name, method.engines)
+        method._check_engine(name)
         odd = [plan.odd for p in params if (plan := self._plan(p, group, settings)).odd]
         if name not in ("auto", "fused"):
             return name
@@ -551,7 +551,7 @@ class Optimizer(torch.optim.Optimizer):
         turn = now % every if now else None
         return {unit for unit, its in self._turns[every].items() if its == turn}
 
-    # %% 23_machinery sec-base-class 8 a359f30e
+    # %% 23_machinery sec-base-class 8 be314427
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
         group = _named({**param_group})
@@ -564,7 +564,13 @@ class Optimizer(torch.optim.Optimizer):
             group = {**method.defaults, **options, **group}
         method._check_group({**self.defaults, **group})
         known = {*self.defaults, *method.defaults, *KEYS}
-        for name in group.keys() - known:
+        whole = {x for cls in (type(self), type(method)) for x in _arguments(cls)}
+        for name in sorted(group.keys() - known):
+            if name in _TORCHS and group[name]:
+                raise TypeError(_engine_instead(type(method), name, group[name]))
+            if name in whole:
+                told = f"{name!r} is set for the whole optimizer, not for a group"
+                raise TypeError(f"{told}; pass it to {type(self).__name__} itself")
             if near := difflib.get_close_matches(name, known, 1, 0.8):
                 told = f"a group has {name!r}, which means nothing"
                 raise TypeError(f"{told}; use {near[0]!r}")
@@ -577,7 +583,7 @@ class Optimizer(torch.optim.Optimizer):
         for name, interval in {**RANGES, **self.ranges}.items():
             if name in self.defaults:
                 check_range(name, group[name], interval)
-        check_choice("engine", group["engine"], self.engines)
+        self._check_engine(group["engine"])
         check_choice("nonfinite", group["nonfinite"], ("propagate", "skip", "raise"))
         check_choice("maximize", group["maximize"], (False, True))
         dtype = group["state_dtype"]
@@ -596,6 +602,14 @@ class Optimizer(torch.optim.Optimizer):
                     f"{tuple(p.shape)}; put it into a group with algorithm='adamw'"
                 )
             _cuts(p, group)
+
+
+    def _check_engine(self, name: Any) -> None:
+        """Refuse an engine that does not exist, or not for this method."""
+        if name in Engine.__args__ and name not in self.engines:
+            told = f"{type(self).__name__} has no engine={name!r}"
+            raise ValueError(f"{told}; use one of {', '.join(map(repr, self.engines))}")
+        check_choice("engine", name, self.engines)
 
 
     def _method(self, group: Group) -> "Optimizer":
@@ -719,7 +733,8 @@ class Optimizer(torch.optim.Optimizer):
         for name in (*RANGES, "nesterov", "amsgrad", "centered"):
             if saved.get(name) and name not in known:
                 told = f"the checkpoint has {name}={saved[name]!r}"
-                raise ValueError(f"{told}, which {type(method).__name__} does not know")
+                told = f"{told}, which {type(method).__name__} does not know"
+                raise ValueError(f"{told}: saved by another optimizer; begin anew")
         for key, p in zip(saved["params"], own["params"], strict=False):
             found = state.get(key, {})
             begun = all(x is not None for x in found.values())
@@ -747,7 +762,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 c5d32b4c
+# %% 23_machinery sec-base-class 9 983459ec
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -761,6 +776,34 @@ ALGORITHMS = {
 }
 #: What any group may hold, beside hyperparameters.
 KEYS = ("params", "param_names", "algorithm", "block_size", "split_sizes", "initial_lr")
+#: Torch's words for what ``engine`` says here.
+_TORCHS = ("foreach", "fused", "capturable", "differentiable")
+
+
+def _arguments(cls: type) -> list[str]:
+    """What a method takes beside what it steps, without ``Options``."""
+    return [*inspect.signature(cls).parameters][1:-1]
+
+
+def _declares(cls: type) -> bool:
+    """Whether a method says which keywords it takes: its own, and ``Options``."""
+    own = inspect.signature(cls.__init__).parameters.values()
+    return any(x.annotation == Unpack[Options] for x in own)
+
+
+def _unknown(cls: type, word: str) -> str:
+    """What to say of a keyword that a method does not have."""
+    methods = cls.__mro__[1 : cls.__mro__.index(Optimizer)]
+    others = [x.__name__ for x in methods if _declares(x) and word in _arguments(x)]
+    remedy = others[0] if others else f"one of {', '.join([*_arguments(cls), *OPTIONS])}"
+    return f"{cls.__name__} has no {word}=; use {remedy}"
+
+
+def _engine_instead(cls: type, word: str, value: Any) -> str:
+    """What to say of one of torch's words for an engine."""
+    has = word in cls.engines and (word != "fused" or cls.fused)
+    engine = word if value and has else "loop"
+    return f"{cls.__name__} has no {word}={value!r}; use engine={engine!r}, see Options"
 
 
 @functools.cache

@@ -154,7 +154,7 @@ def test_descends_and_keeps_the_dtype(case):
 def test_auto_is_the_loop_and_other_engines_are_refused(case):
     assert same(Run(case).steps(range(3)), Run(case, engine="loop").steps(range(3)))
     for engine in ("foreach", "fused", "compile"):
-        with pytest.raises(ValueError, match=f"engine='{engine}' is unknown; use one of 'auto', 'loop'"):
+        with pytest.raises(ValueError, match=f"no engine='{engine}'; use one of 'auto', 'loop'"):
             Run(case, engine=engine)
 
 
@@ -345,7 +345,7 @@ def test_bad_arguments_are_refused_by_name_with_a_remedy(case):
         with pytest.raises((ValueError, TypeError), match=rf"{name}=.* pass (a number|an integer) in "):
             Run(case, **arguments)
     for word in ("foreach", "fused"):
-        with pytest.raises(TypeError, match=rf"no {word}=True; choose with engine="):
+        with pytest.raises(TypeError, match=rf"no {word}=True; use engine="):
             Run(case, **{word: True})
     with pytest.raises(ValueError, match="nonfinite='hide' is unknown; use one of"):
         Run(case, nonfinite="hide")
@@ -402,3 +402,54 @@ def test_the_import_loads_no_compiler():
     """Torch's first optimizer does, in seconds; a copy needs one, the import does not."""
     code = "import sys, guided_descent; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda m: gd.AdamW(m.parameters(), decoupled_weight_decay=False), "no decoupled_weight_decay=; use Adam$"),
+        (lambda m: gd.EKFAC(m, damping_split="pi"), "EKFAC has no damping_split=; use KFAC$"),
+        (lambda m: gd.FOOF(m, seed=1), "FOOF has no seed=; use one of lr, momentum, "),
+        (lambda m: gd.AdamW(m.parameters(), fused=True), "AdamW has no fused=True; use engine='fused'"),
+        (lambda m: gd.AdamW(m.parameters(), fused=False), "AdamW has no fused=False; use engine='loop'"),
+        (lambda m: gd.AdamW(m.parameters(), foreach=True), "AdamW has no foreach=True; use engine='foreach'"),
+        (lambda m: gd.KFAC(m, fused=True), "KFAC has no fused=True; use engine='loop'"),
+    ],
+)
+def test_a_keyword_of_another_method_is_said_with_the_remedy(build, message):
+    with pytest.raises(TypeError, match=message):
+        build(network())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("damping_split", "pi", "'damping_split' is set for the whole optimizer, not for a group; pass it to KFAC"),
+        ("inverse_update_every", 3, "'inverse_update_every' is set for the whole optimizer, not for a group"),
+        ("fused", True, "KFAC has no fused=True; use engine='loop'"),
+    ],
+)
+def test_a_group_holds_no_key_that_would_be_ignored(key, value, message):
+    model = network()
+    with pytest.raises(TypeError, match=message):
+        gd.KFAC(model, params=[{"params": model.parameters(), key: value}])
+    optimizer = gd.KFAC(model, params=[{"params": model[0].parameters()}])
+    with pytest.raises(TypeError, match=message):
+        optimizer.add_param_group({"params": model[3].parameters(), key: value})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("word", ["foreach", "fused", "capturable"])
+def test_a_group_names_its_engine_in_no_word_of_torchs(word):
+    with pytest.raises(TypeError, match=f"AdamW has no {word}=True; use engine="):
+        gd.AdamW([{"params": network().parameters(), word: True}])
+    theirs = torch.optim.AdamW(network().parameters()).param_groups  # all of them None or False
+    gd.AdamW([{**group, "name": "trunk", "lr_scale": 0.5} for group in theirs])
+
+
+def test_a_checkpoint_of_another_optimizer_is_said_to_be_one():
+    model = network()
+    saved = gd.AdamW(model.parameters()).state_dict()
+    for optimizer in (gd.SGD(model.parameters()), gd.KFAC(model)):
+        with pytest.raises(ValueError, match="does not know: saved by another optimizer; begin anew"):
+            optimizer.load_state_dict(saved)

@@ -655,7 +655,7 @@ def test_bad_arguments_are_refused_by_name_with_a_remedy(case):
     with pytest.raises(ValueError, match=r"lr has shape \(2,\); pass a number"):
         case.build(tensors(), lr=torch.ones(2))
     for word in ("foreach", "fused", "capturable", "differentiable"):
-        with pytest.raises(TypeError, match=rf"no {word}=True; choose with engine="):
+        with pytest.raises(TypeError, match=rf"no {word}=True; use engine="):
             case.build(tensors(), **{word: True})
     with pytest.raises(ValueError, match="engine='warp' is unknown; use one of 'auto', 'loop'"):
         case.build(tensors(), engine="warp")

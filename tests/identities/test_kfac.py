@@ -994,7 +994,7 @@ BAD = [
     ({"samples": 0}, "samples=0.* pass an integer in"),
     ({"reduction": "none"}, "reduction='none' is unknown; use"),
     ({"algorithm": "adm"}, "algorithm='adm' is unknown; use"),
-    ({"engine": "foreach"}, "engine='foreach' is unknown; use"),
+    ({"engine": "foreach"}, "has no engine='foreach'; use"),
 ]
 
 

@@ -846,7 +846,7 @@ def test_what_is_refused_before_anything_changes(method):
     params = tensors()
     for bad, error, message in [
         ({"lr": -1.0}, ValueError, "lr=-1.0 is outside its range; pass"),
-        ({"engine": "foreach"}, ValueError, "engine='foreach' is unknown; use one of 'auto', 'loop'"),
+        ({"engine": "foreach"}, ValueError, "has no engine='foreach'; use one of 'auto', 'loop'"),
         ({"engine": "compile"}, ValueError, "use one of 'auto', 'loop'"),
         ({"state_dtype": torch.float32}, ValueError, "state_dtype=torch.float32 is not valid"),
         ({"nonfinite": "hope"}, ValueError, "nonfinite='hope'"),
