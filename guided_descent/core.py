@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 3c2dee16
+# %% head bfc387de
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-optimizer 1 9da8ddf3
+# %% 23_machinery sec-optimizer 1 f751b04b
 import difflib
 import functools
 import inspect
@@ -57,10 +57,10 @@ class Options(TypedDict, total=False):
         engine: What runs the rule. ``"loop"``: one tensor after another. ``"foreach"``:
             lists of tensors through ``torch._foreach_*``, matrices of one shape
             stacked. ``"fused"``: torch's kernel, where it has one for exactly this
-            rule. ``"compile"``: one graph over all tensors; another ``lr`` does not
-            compile again, another value of any other hyperparameter does. ``"auto"``
-            (the default): the fastest that is valid for the tensors at hand, never
-            compiled.
+            rule. ``"compile"``: one graph over all tensors, which costs tens of seconds
+            at the first step; another ``lr`` does not compile again, another value of
+            any other hyperparameter does. ``"auto"`` (the default): the fastest that is
+            valid for the tensors at hand, never compiled.
         nonfinite: What to do about a gradient with an infinity or a NaN in it (one
             whose sum overflows counts). ``"propagate"`` (the default): nothing, as
             torch does. ``"skip"``: leave everything as it is, decided on the device

@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4e6f68cb
+# %% head df012beb
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -145,7 +145,7 @@ def damping_shifts(
     return pi * root, root / pi
 
 
-# %% 08_kfac sec-kfac-bookkeeping 1 0dfe9fd8
+# %% 08_kfac sec-kfac-bookkeeping 1 88c963ff
 class KFAC(LayerOptimizer):
     """K-FAC: natural gradient with a Kronecker product for each layer.
 
@@ -166,6 +166,10 @@ class KFAC(LayerOptimizer):
     is checked in the first step, where the gradient shows it (see
     ``reduction``). ``detach()`` an optimizer before building another: its
     hooks would go on to cost time.
+
+    Do not clip gradients as well: ``kl_clip`` is the limit (in a ``Trainer``,
+    ``max_grad_norm=0``). A step that is not finite is skipped: watch
+    ``skipped_steps``.
 
     Args:
         model: The module that the training loop calls, as ``model(x)``, in
@@ -225,15 +229,19 @@ class KFAC(LayerOptimizer):
             ``damping``, ``stat_decay``, ``kl_clip``, ``weight_decay``. All
             trainable parameters of the model by default. A layer follows
             the group of its weight.
+        max_dim: Longest side of a factor, an integer from 1. A layer with a
+            longer one (a head of 50,000 classes: 10 GB) is refused. Default
+            8192.
         **options: See ``Options``; ``engine`` is ``"auto"`` or ``"loop"``
             (no batching of factors), ``nonfinite`` is ``"skip"`` by
             default. ``state_dtype`` concerns the momentum alone.
 
     Raises:
         ValueError: An argument out of range, or unknown; no layer that is
-            covered; sharded parameters (use ``DistributedDataParallel``);
-            in a backward pass or a step, a loss that is not the
-            likelihood's or not reduced as said.
+            covered; a factor beyond ``max_dim``; a compiled model; sharded
+            parameters (use ``DistributedDataParallel``); in a backward pass
+            or a step, a loss that is not the likelihood's or not reduced as
+            said.
         TypeError: ``model`` is no module; an argument of another type.
 
     Source: Martens & Grosse (2015), arXiv 1503.05671. Chapter 08,
@@ -266,6 +274,7 @@ class KFAC(LayerOptimizer):
         grad_scaler: Any = None,
         process_group: Any = None,
         params: Any = None,
+        max_dim: int = 8192,
         **options: Unpack[Options],
     ) -> None:
         check_choice("sharing", sharing, ("expand", "reduce"))
@@ -290,6 +299,7 @@ class KFAC(LayerOptimizer):
             grad_scaler=grad_scaler,
             process_group=process_group,
             params=params,
+            max_dim=max_dim,
             capture={
                 "fisher": fisher,
                 "likelihood": likelihood,
@@ -441,7 +451,7 @@ def eigenvalue_correction(
     return s / N
 
 
-# %% 08_kfac sec-kfac-ekfac 2 60d53377
+# %% 08_kfac sec-kfac-ekfac 2 a9581b0b
 class EKFAC(KFAC):
     """EKFAC: K-FAC's eigenvectors with the best eigenvalues for them.
 
@@ -459,7 +469,7 @@ class EKFAC(KFAC):
         relative_damping, stat_decay, factor_update_every: As for ``KFAC``.
         inverse_update_every, kl_clip, weight_decay: As for ``KFAC``.
         algorithm, seed, output, class_dim, grad_scaler: As for ``KFAC``.
-        process_group, params: As for ``KFAC``.
+        process_group, params, max_dim: As for ``KFAC``.
         **options: As for ``KFAC``.
 
     Raises:
@@ -494,6 +504,7 @@ class EKFAC(KFAC):
         grad_scaler: Any = None,
         process_group: Any = None,
         params: Any = None,
+        max_dim: int = 8192,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
@@ -520,6 +531,7 @@ class EKFAC(KFAC):
             grad_scaler=grad_scaler,
             process_group=process_group,
             params=params,
+            max_dim=max_dim,
             **options,
         )
 
@@ -584,7 +596,7 @@ def _correct_words(
     return s.index_add_(1, indices.flatten(), squares) / len(indices)
 
 
-# %% 08_kfac sec-kfac-foof 1 fb30b94a
+# %% 08_kfac sec-kfac-foof 1 e2cfc024
 class FOOF(LayerOptimizer):
     """FOOF: gradient descent on a layer's outputs, by ridge regression.
 
@@ -606,7 +618,7 @@ class FOOF(LayerOptimizer):
         algorithm: As for ``KFAC``; it steps norm layers too, which have no
             input factor.
         output: As for ``KFAC``: only the number of examples is read there.
-        process_group, params: As for ``KFAC``.
+        process_group, params, max_dim: As for ``KFAC``.
         **options: As for ``KFAC``.
 
     Raises:
@@ -637,6 +649,7 @@ class FOOF(LayerOptimizer):
         output: Callable[[Any], Tensor] | None = None,
         process_group: Any = None,
         params: Any = None,
+        max_dim: int = 8192,
         **options: Unpack[Options],
     ) -> None:
         check_choice("sharing", sharing, ("expand", "reduce"))
@@ -657,6 +670,7 @@ class FOOF(LayerOptimizer):
             grad_scaler=None,
             process_group=process_group,
             params=params,
+            max_dim=max_dim,
             capture={"fisher": "none", "likelihood": likelihood, "output": output},
             **options,
         )

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 9d45b0d0
+# %% head 33358bb1
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -51,7 +51,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-# %% 23_machinery sec-layerwise 2 d981d256
+# %% 23_machinery sec-layerwise 2 0cd51e2b
 class LayerOptimizer(Optimizer):
     """What KFAC, EKFAC and FOOF share: all but the preconditioner.
 
@@ -81,12 +81,13 @@ class LayerOptimizer(Optimizer):
         process_group: The processes that average gradients; see ``KFAC``.
         seed: Of the drawn targets.
         params: Parameters or groups; those of the model by default.
+        max_dim: Longest side of a factor.
         **given: ``HYPERPARAMETERS``, and ``Options``.
 
     Raises:
         TypeError: ``model`` is no module; an argument of another type.
-        ValueError: An argument out of range; no layer to precondition; sharded
-            parameters.
+        ValueError: An argument out of range; no layer to precondition; a factor beyond
+            ``max_dim``; sharded or compiled parameters.
 
     Source: appendix "The machinery".
     """
@@ -111,6 +112,7 @@ class LayerOptimizer(Optimizer):
         grad_scaler: Any,
         process_group: Any,
         params: Any,
+        max_dim: int = 8192,
         **given: Any,
     ) -> None:
         kind = type(self).__name__
@@ -120,10 +122,16 @@ class LayerOptimizer(Optimizer):
         check_range("factor_update_every", factor_update_every, "[1, inf) int")
         check_range("inverse_update_every", inverse_update_every, "[1, inf) int")
         check_range("seed", seed, "[0, 2147483648) int")
+        check_range("max_dim", max_dim, "[1, inf) int")
         check_choice("reduction", reduction, (None, "mean", "examples", "sum"))
         check_choice("algorithm", algorithm, ALGORITHMS)
         if isinstance(model, DistributedDataParallel):
             process_group, model = process_group or model.process_group, model.module
+        if any(hasattr(module, "_orig_mod") for module in model.modules()):
+            raise ValueError(
+                f"the model is compiled by torch.compile, where {kind} sees no layer; "
+                f"build {kind} on the uncompiled model, and train that"
+            )
         named = list(model.named_parameters())
         if apart := [name for name, p in named if hasattr(p, "placements")]:
             raise ValueError(
@@ -131,7 +139,7 @@ class LayerOptimizer(Optimizer):
                 f"{kind} needs whole layers; use DistributedDataParallel, or AdamW"
             )
         self.model, self.capture_options, self.algorithm = model, capture, algorithm
-        self.factor_update_every = factor_update_every
+        self.max_dim, self.factor_update_every = max_dim, factor_update_every
         self.inverse_update_every = inverse_update_every
         self.reduction, self.grad_scaler = reduction, grad_scaler
         self._scaled, self._decay = False, given["weight_decay"]
@@ -184,7 +192,7 @@ class LayerOptimizer(Optimizer):
         """``P⁻¹ g`` for the gradient matrix of one layer."""
         raise TypeError(f"{type(self).__name__} has no preconditioner")
 
-    # %% 23_machinery sec-layerwise 3 26420f25
+    # %% 23_machinery sec-layerwise 3 83df3864
     def _halves(self, group: Group) -> tuple[Group, Group]:
         """A group in two: what a layer covers, and what ``algorithm`` steps."""
         params = group["params"]
@@ -195,6 +203,8 @@ class LayerOptimizer(Optimizer):
         if "algorithm" in group:
             return {**group, "params": []}, {**group, "params": params}
         layers, _ = find_layers(self.model, {id(p) for _, p in params})
+        for layer in layers:
+            self._check_size(layer)
         inside = {id(p) for x in layers if self.shapes(x) for p in x.parameters}
         own = [(name, p) for name, p in params if id(p) in inside]
         rest = [(name, p) for name, p in params if id(p) not in inside]
@@ -202,6 +212,21 @@ class LayerOptimizer(Optimizer):
         other["weight_decay"] = group.get("weight_decay", self._decay)
         other["algorithm"] = self.algorithm
         return {**group, "params": own}, {**other, "params": rest}
+
+
+    def _check_size(self, layer: Layer) -> None:
+        """Refuse a layer whose factors would not be worth their memory."""
+        found = self.shapes(layer)
+        shapes = [found[side] for side in self.sides if len(found.get(side, ())) == 2]
+        d = max((shape[0] for shape in shapes), default=0)
+        if d > self.max_dim:
+            size = d**2 * wide(layer.parameters[0].dtype).itemsize / 1e9
+            raise ValueError(
+                f"layer {layer.name!r} has a factor of {d} × {d} numbers, {size:.3g} GB, and "
+                f"as much for what is derived from it; leave the layer to another method, "
+                'params=[{"params": body}, {"params": head, "algorithm": "adamw"}], or allow '
+                f"it with max_dim={d}"
+            )
 
 
     def add_param_group(self, param_group: Group) -> None:
@@ -226,7 +251,8 @@ class LayerOptimizer(Optimizer):
 
         Returns:
             ``"fraction"`` of the optimizer's parameters that lie in a layer, names of the
-            ``"layers"``, and names of the parameters that make up the ``"rest"``.
+            ``"layers"``, and names of the parameters that make up the ``"rest"``. A tied
+            embedding counts once, with its head.
         """
         def size(groups: list[Group]) -> int:
             return sum(p.numel() for group in groups for p in group["params"])
@@ -366,7 +392,7 @@ class LayerOptimizer(Optimizer):
         """Where statistics are kept."""
         return self.generator.device
 
-    # %% 23_machinery sec-layerwise 5 1d57d6e9
+    # %% 23_machinery sec-layerwise 5 bea475a4
     def _gather(self) -> None:
         """Before anything changes: what is refused, and the means over all processes."""
         if self._gathered:
@@ -439,9 +465,11 @@ class LayerOptimizer(Optimizer):
                 raise ValueError(f"{negative}; pass maximize=True")
             raise ValueError(
                 f"the loss is {weight:.3g} times the mean over the {seen['rows']} rows of "
-                "outputs, or more, or no such mean at all; divide it by their number, or "
-                "pass reduction='sum', 'examples' (a mean over examples of sums over their "
-                "rows), or 'mean' if the factor is meant; or the likelihood of the loss"
+                "outputs, or more, or no such mean at all; divide the loss by the number of "
+                "rows if it is a sum, by the number of passes if gradients of several passes "
+                "are accumulated; or pass reduction='sum', 'examples' (a mean over examples "
+                "of sums over their rows), or 'mean' if the factor is meant; or the "
+                "likelihood of the loss"
             )
         self.capture.weighing = False
 

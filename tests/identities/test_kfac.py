@@ -1971,3 +1971,81 @@ def test_twice_a_log_likelihood_of_log_probabilities_shows():
     (2 * nn.functional.nll_loss(model(x[:, 0]), y[:, 0])).backward()
     with pytest.raises(ValueError, match="the loss is 2 times the mean"):
         optimizer.step()
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding."""
+
+    def __init__(self, words=7, d=4):
+        super().__init__()
+        self.table, self.body = nn.Embedding(words, d), nn.Linear(d, d)
+        self.head = nn.Linear(d, words, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(self.body(self.table(x)))
+
+
+@every_method
+def test_a_factor_that_is_too_large_is_refused_with_its_size(method):
+    def model():
+        return nn.Sequential(nn.Linear(39, 3), nn.Tanh(), nn.Linear(3, 2), nn.Linear(2, 12))
+
+    longest = 40  # 39 inputs and the bias
+    build(method, model(), max_dim=longest)
+    message = rf"layer '0' has a factor of 40 × 40 numbers, .* GB.*\"algorithm\": \"adamw\".*max_dim={longest}"
+    with pytest.raises(ValueError, match=message):
+        build(method, model(), max_dim=longest - 1)
+    with pytest.raises(ValueError, match="max_dim=0 is outside its range"):
+        build(method, model(), max_dim=0)
+    m = model()
+    first, others = list(m[0].parameters()), [p for x in m[1:] for p in x.parameters()]
+    groups = [{"params": others}, {"params": first, "algorithm": "adamw"}]
+    optimizer = build(method, m, max_dim=12, params=groups)
+    assert optimizer.coverage()["layers"] == ["2", "3"]
+    partial = build(method, m, max_dim=12, params=others)
+    with pytest.raises(ValueError, match="layer '0' has a factor of 40"):
+        partial.add_param_group({"params": first})
+    assert len(partial.param_groups) == 1
+
+
+def test_a_head_of_many_words_is_refused_by_default_and_a_table_is_not():
+    with torch.device("meta"):
+        head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 50257))
+    with pytest.raises(ValueError, match=r"layer '1' has a factor of 50257 × 50257 numbers, 10\.1 GB"):
+        KFAC(head)
+    KFAC(nn.Sequential(nn.Embedding(50257, 2), nn.Linear(2, 3)))  # its long factor is a diagonal
+
+
+@every_method
+def test_a_compiled_model_is_refused_at_once(method):
+    model = net(5, 4, 3)
+    compiled = torch.compile(model, backend="eager")
+    for whole in (compiled, nn.Sequential(compiled)):
+        with pytest.raises(ValueError, match="compiled by torch.compile.*on the uncompiled model"):
+            build(method, whole)
+    build(method, model)
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+def test_passes_that_are_added_up_are_told_to_be_divided_by_their_number(passes):
+    torch.manual_seed(0)
+    for remedy in (1, passes):
+        model = net(5, 4, 3)
+        optimizer = KFAC(model)
+        for i in range(passes):
+            x, _ = data(8, key=i)
+            (nn.functional.cross_entropy(model(x), torch.arange(8) % 3) / remedy).backward()
+        if remedy == passes:
+            optimizer.step()
+        else:
+            with pytest.raises(ValueError, match="by the number of passes if gradients of several passes are accum"):
+                optimizer.step()
+
+
+def test_coverage_counts_a_tied_embedding_once():
+    model = Tied()
+    covered = KFAC(model).coverage()
+    assert covered["fraction"] == 1 and covered["rest"] == []
+    assert sum(p.numel() for p in model.parameters()) == 7 * 4 + 4 * 4 + 4
+    assert covered["layers"] == ["body", "head"]
