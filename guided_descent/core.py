@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head bfc387de
+# %% head c0259663
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -762,7 +762,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 983459ec
+# %% 23_machinery sec-base-class 9 74b90184
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -795,7 +795,8 @@ def _unknown(cls: type, word: str) -> str:
     """What to say of a keyword that a method does not have."""
     methods = cls.__mro__[1 : cls.__mro__.index(Optimizer)]
     others = [x.__name__ for x in methods if _declares(x) and word in _arguments(x)]
-    remedy = others[0] if others else f"one of {', '.join([*_arguments(cls), *OPTIONS])}"
+    names = ", ".join([*_arguments(cls), *OPTIONS])
+    remedy = others[0] if others else f"one of {names}"
     return f"{cls.__name__} has no {word}=; use {remedy}"
 
 

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 33358bb1
+# %% head 31eb5ad7
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -192,7 +192,7 @@ class LayerOptimizer(Optimizer):
         """``P⁻¹ g`` for the gradient matrix of one layer."""
         raise TypeError(f"{type(self).__name__} has no preconditioner")
 
-    # %% 23_machinery sec-layerwise 3 83df3864
+    # %% 23_machinery sec-layerwise 3 ff18854a
     def _halves(self, group: Group) -> tuple[Group, Group]:
         """A group in two: what a layer covers, and what ``algorithm`` steps."""
         params = group["params"]
@@ -222,10 +222,10 @@ class LayerOptimizer(Optimizer):
         if d > self.max_dim:
             size = d**2 * wide(layer.parameters[0].dtype).itemsize / 1e9
             raise ValueError(
-                f"layer {layer.name!r} has a factor of {d} × {d} numbers, {size:.3g} GB, and "
-                f"as much for what is derived from it; leave the layer to another method, "
-                'params=[{"params": body}, {"params": head, "algorithm": "adamw"}], or allow '
-                f"it with max_dim={d}"
+                f"layer {layer.name!r} has a factor of {d} × {d} numbers, {size:.3g} GB, "
+                "and as much for what is derived from it; leave it to another method, "
+                'params=[{"params": body}, {"params": head, "algorithm": "adamw"}], or '
+                f"allow it with max_dim={d}"
             )
 
 
@@ -392,7 +392,7 @@ class LayerOptimizer(Optimizer):
         """Where statistics are kept."""
         return self.generator.device
 
-    # %% 23_machinery sec-layerwise 5 bea475a4
+    # %% 23_machinery sec-layerwise 5 5dbb7d77
     def _gather(self) -> None:
         """Before anything changes: what is refused, and the means over all processes."""
         if self._gathered:
@@ -465,11 +465,11 @@ class LayerOptimizer(Optimizer):
                 raise ValueError(f"{negative}; pass maximize=True")
             raise ValueError(
                 f"the loss is {weight:.3g} times the mean over the {seen['rows']} rows of "
-                "outputs, or more, or no such mean at all; divide the loss by the number of "
-                "rows if it is a sum, by the number of passes if gradients of several passes "
-                "are accumulated; or pass reduction='sum', 'examples' (a mean over examples "
-                "of sums over their rows), or 'mean' if the factor is meant; or the "
-                "likelihood of the loss"
+                "outputs, or more, or no such mean at all; divide the loss by the number "
+                "of rows if it is a sum, by the number of passes if gradients of several "
+                "passes are accumulated; or pass reduction='sum', 'examples' (a mean over "
+                "examples of sums over their rows), or 'mean' if the factor is meant; or "
+                "the likelihood of the loss"
             )
         self.capture.weighing = False
 
