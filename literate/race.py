@@ -121,7 +121,8 @@ def landscapes() -> list[Landscape]:
             "classifier", "Classifier",
             "From most starts gradient descent at its best step is as quick as K-FAC. Take twice that step: both lose "
             "their way from nearly everywhere, while momentum, Adam and Newton forgive it.",
-            (-5.0, 9.0, -6.0, 4.0), rule, scores, torch.sigmoid(logit), lambda w, x: w[..., :1] * x + w[..., 1:], partial(nn.Linear, 1, 1), entropy,
+            (-5.0, 9.0, -6.0, 4.0), rule, scores,
+            torch.sigmoid(logit), lambda w, x: w[..., :1] * x + w[..., 1:], partial(nn.Linear, 1, 1), entropy,
             sigmoid_layer, "bernoulli", ("weight", "bias"),
         ),
         Landscape(
