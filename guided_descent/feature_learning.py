@@ -1,6 +1,6 @@
 # Generated from chapters/05_anisotropy.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 85c792c0
+# %% head 17d2e975
 """Chapter 05, Anisotropy."""
 
 __all__ = [
@@ -446,7 +446,7 @@ def kronecker_direction(
     return g
 
 
-# %% 05_anisotropy sec-aniso-spike 1 2c8bfc12
+# %% 05_anisotropy sec-aniso-spike 1 36aa8836
 def alignment(W: Tensor, beta: Tensor) -> Tensor:
     """Cosine, without sign, between W's top right singular vector and β.
 
@@ -467,6 +467,7 @@ def alignment(W: Tensor, beta: Tensor) -> Tensor:
     return cosine.abs()
 
 
+# %% 05_anisotropy sec-aniso-spike 2 8a14fc1e
 class SingleIndex(NamedTuple):
     """``y = max(0, βᵀx) + noise · N(0, 1)`` with ``x ~ N(0, Σ)``.
 
@@ -534,7 +535,7 @@ def single_index(
     return SingleIndex(beta, root, noise)
 
 
-# %% 05_anisotropy sec-aniso-digits 1 dae56545
+# %% 05_anisotropy sec-aniso-digits 1 2ec3f197
 class TwoLayerMoments(NamedTuple):
     """Gradients and Kronecker factors of a two-layer network.
 
@@ -555,6 +556,7 @@ class TwoLayerMoments(NamedTuple):
     from the model; the one at the output, B2, is the identity."""
 
 
+# %% 05_anisotropy sec-aniso-digits 2 011a6c3d
 def two_layer_moments(
     W1: Tensor, W2: Tensor, X: Tensor, Y: Tensor,
     activation: Callable[[Tensor], Tensor] = torch.tanh,
@@ -594,6 +596,7 @@ def two_layer_moments(
     )
 
 
+# %% 05_anisotropy sec-aniso-digits 3 20831162
 def two_layer_kfac_step(
     W1: Tensor, W2: Tensor, X: Tensor, Y: Tensor, lr: float | Tensor,
     *, activation: Callable[[Tensor], Tensor] = torch.tanh,

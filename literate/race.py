@@ -119,15 +119,17 @@ def landscapes() -> list[Landscape]:
         ),
         Landscape(
             "classifier", "Classifier",
-            "Gradient descent, at its best step, is as quick as K-FAC. Take twice that step: both lose their way from "
-            "nearly everywhere, while momentum, Adam and Newton forgive it.", (-5.0, 9.0, -6.0, 4.0), rule, scores,
+            "From most starts gradient descent at its best step is as quick as K-FAC. Take twice that step: both lose "
+            "their way from nearly everywhere, while momentum, Adam and Newton forgive it.",
+            (-5.0, 9.0, -6.0, 4.0), rule, scores,
             torch.sigmoid(logit), lambda w, x: w[..., :1] * x + w[..., 1:], partial(nn.Linear, 1, 1), entropy,
             sigmoid_layer, "bernoulli", ("weight", "bias"),
         ),
         Landscape(
-            "bowl", "Round bowl", "Nothing to repair: plain gradient descent arrives in one step, as Newton and K-FAC "
-            "do at many times the work. Memory only makes it late.", flat, goal, round_inputs,
-            round_inputs @ torch.tensor(goal), linear, one, square, one_layer(round_inputs),
+            "bowl", "Round bowl",
+            "Nothing to repair: at its best step plain gradient descent arrives at once, as Newton and K-FAC do at "
+            "many times the work; the three paths coincide. Memory only makes it late.",
+            flat, goal, round_inputs, round_inputs @ torch.tensor(goal), linear, one, square, one_layer(round_inputs),
         ),
     ]  # fmt: skip
 
