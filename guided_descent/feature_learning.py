@@ -1,6 +1,6 @@
 # Generated from chapters/05_anisotropy.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 17d2e975
+# %% head 3571496f
 """Chapter 05, Anisotropy."""
 
 __all__ = [
@@ -339,7 +339,7 @@ def head_gradient(F: Tensor, G: Tensor, batch: Moments) -> Tensor:
     return (F @ _times(G, batch.xx) - batch.yx) @ G.mT
 
 
-# %% 05_anisotropy sec-aniso-failure 3 7aeb8945
+# %% 05_anisotropy sec-aniso-failure 3 db0d1666
 def least_squares_head(
     G: Tensor, batch: Moments, damping: float = 1e-6
 ) -> Tensor:
@@ -364,6 +364,7 @@ def least_squares_head(
     return torch.linalg.solve(zz, _times(G, batch.yx.mT)).mT
 
 
+# %% 05_anisotropy sec-aniso-failure 4 562b2833
 def sgd_step(
     F: Tensor, G: Tensor, first: Moments, second: Moments, lr: float | Tensor
 ) -> tuple[Tensor, Tensor]:
