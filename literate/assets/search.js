@@ -10,7 +10,7 @@
   // Letters without accents, one for one, so that a place in the folded text is the place in the text.
   const fold = (text) => Array.from(text, (c) => ({ ł: "l", Ł: "l", ø: "o", "’": "'" })[c] ?? c.normalize("NFD")[0]).join("").toLowerCase();
   // `kfac` finds K-FAC, and `quasi newton` finds quasi-Newton.
-  const pattern = (word) => [...word.replace(/-/g, "")].map((c) => c.replace(/[^\p{L}\p{N}]/u, "\\$&")).join("[-_]?");
+  const pattern = (word) => [...word.replace(/-/g, "")].map((c) => c.replace(/[\\^$.*+?()[\]{}|/]/, "\\$&")).join("[-_]?");
   for (const entry of entries) {
     entry.foldedTitle = fold(entry.title);
     entry.foldedText = fold(entry.text);
