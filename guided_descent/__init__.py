@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 843abd2f
+# %% head 9ab54a8a
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -29,6 +29,10 @@ from guided_descent.curvature import (
     hutchpp_trace,
     lanczos,
     spectral_density,
+)
+from guided_descent.diagonal import (
+    AdaHessian,
+    Sophia,
 )
 from guided_descent import engines as engines
 from guided_descent import examples as examples
@@ -68,6 +72,7 @@ __all__ = [
     "LBFGS",
     "SGD",
     "AdEMAMix",
+    "AdaHessian",
     "Adafactor",
     "Adagrad",
     "Adam",
@@ -84,6 +89,7 @@ __all__ = [
     "Optimizer",
     "Options",
     "RMSprop",
+    "Sophia",
     "__version__",
     "critical_batch_size",
     "hutchinson_diagonal",
