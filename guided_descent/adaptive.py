@@ -1,6 +1,6 @@
 # Generated from chapters/04_adaptive_methods.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 95c3734b
+# %% head 928b5cfc
 """Chapter 04, Adaptive methods."""
 
 __all__ = [
@@ -24,18 +24,21 @@ from torch import Tensor
 from guided_descent.core import Optimizer, Options
 
 
-# %% 04_adaptive_methods sec-adagrad 2 ef50853a
+# %% 04_adaptive_methods sec-adagrad 2 ed612805
 class Adagrad(Optimizer):
-    """AdaGrad: each coordinate's step is divided by the root of all the squared gradients it has seen.
+    """AdaGrad: each coordinate's step is divided by the root of all the squared
+    gradients it has seen.
 
-    ``s ← s + g²;  x ← x − lr / (1 + (t−1) lr_decay) · g / (√s + eps)``, with ``g + weight_decay · x`` for g.
+    ``s ← s + g²;  x ← x − lr / (1 + (t−1) lr_decay) · g / (√s + eps)``, with ``g +
+    weight_decay · x`` for g.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
         lr: Step size η, in units of the parameter; in [0, ∞). Default 0.01.
         lr_decay: Extra decay of the step size, per step; in [0, ∞). Default 0.
         weight_decay: L2 penalty λ, added to the gradient as λx; in [0, ∞). Default 0.
-        initial_accumulator_value: What s starts from, in units of gradient squared; in [0, ∞). Default 0.
+        initial_accumulator_value: What s starts from, in units of gradient squared; in
+            [0, ∞). Default 0.
         eps: Added to the root, in units of gradient; in [0, ∞). Default 1e-10.
         **options: See ``Options``.
 
@@ -50,22 +53,20 @@ class Adagrad(Optimizer):
     ranges = {"lr_decay": "[0, inf)", "initial_accumulator_value": "[0, inf)"}
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-2, lr_decay: float = 0.0, weight_decay: float = 0.0,
-        initial_accumulator_value: float = 0.0, eps: float = 1e-10, **options: Unpack[Options],
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay}
         defaults |= {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
         super().__init__(params, defaults, **options)
 
-    @staticmethod
-    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
-        start = h.initial_accumulator_value
-        return {"step": torch.zeros(()), "sum": torch.full_like(p, complex(start, start) if p.is_complex() else start)}
-
-    @staticmethod
-    def clock(h: Any) -> None:
-        h.step_size = h.lr / (1 + (h.step - 1) * h.lr_decay)
-
+    # %% 04_adaptive_methods sec-adagrad 3 178bfefb
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         if h.weight_decay:
@@ -73,20 +74,45 @@ class Adagrad(Optimizer):
         root = s.sum.addcmul_(g, g).sqrt().add_(h.eps)
         p.addcdiv_(g, root, value=-h.step_size)
 
+    # %% 04_adaptive_methods sec-adagrad 4 bf80794b
+    @staticmethod
+    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+        start = h.initial_accumulator_value
+        return {
+            "step": torch.zeros(()),
+            "sum": torch.full_like(p, complex(start, start) if p.is_complex() else start),
+        }
+
+
+    @staticmethod
+    def clock(h: Any) -> None:
+        h.step_size = h.lr / (1 + (h.step - 1) * h.lr_decay)
+
+
     @staticmethod
     def fused(p: list[Tensor], g: list[Tensor], s: Any, h: Any) -> None:
         torch._fused_adagrad_(
-            p, g, s.sum, s.step, lr=h.lr, lr_decay=h.lr_decay, weight_decay=h.weight_decay, eps=h.eps,
-            maximize=h.maximize, found_inf=h.found_inf,
+            p,
+            g,
+            s.sum,
+            s.step,
+            lr=h.lr,
+            lr_decay=h.lr_decay,
+            weight_decay=h.weight_decay,
+            eps=h.eps,
+            maximize=h.maximize,
+            found_inf=h.found_inf,
         )
 
 
-# %% 04_adaptive_methods sec-forgetting 1 01fff127
+# %% 04_adaptive_methods sec-forgetting 1 9bd28e81
 class RMSprop(Optimizer):
-    """RMSprop: each coordinate's step is divided by the root of a running mean of its squared gradient.
+    """RMSprop: each coordinate's step is divided by the root of a running mean of its
+    squared gradient.
 
-    ``v ← α v + (1−α) g²;  x ← x − lr · g / (√v + eps)``, with ``g + weight_decay · x`` for g. Centered: ``v − m²``
-    instead of v, with ``m ← α m + (1−α) g``. With momentum μ: ``b ← μ b + g / (√v + eps);  x ← x − lr · b``.
+    ``v ← α v + (1−α) g²;  x ← x − lr · g / (√v + eps)``, with ``g + weight_decay · x``
+    for g. Centered: ``v − m²`` instead of v, with ``m ← α m + (1−α) g``. With momentum
+    μ: ``b ← μ b + g / (√v + eps);  x ← x − lr · b``.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
@@ -95,32 +121,38 @@ class RMSprop(Optimizer):
         eps: Added to the root, in units of gradient; in [0, ∞). Default 1e-8.
         weight_decay: L2 penalty λ, added to the gradient as λx; in [0, ∞). Default 0.
         momentum: Decay μ of the sum of steps, in [0, 1). Default 0: none.
-        centered: Divide by the standard deviation rather than the root mean square. Default False.
+        centered: Divide by the standard deviation rather than the root mean square.
+            Default False.
         **options: See ``Options``.
 
     Raises:
         ValueError: An argument out of range.
         TypeError: An argument that is not a number.
 
-    Source: Tieleman & Hinton (2012), Coursera lecture 6.5; centered: Graves (2013), arXiv 1308.0850.
-    Chapter 04, eq-rmsprop.
+    Source: Tieleman & Hinton (2012), Coursera lecture 6.5; centered: Graves (2013),
+    arXiv 1308.0850. Chapter 04, eq-rmsprop.
     """
 
     clocks = ("step",)
     ranges = {"alpha": "[0, 1)"}
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
-        weight_decay: float = 0.0, momentum: float = 0.0, centered: bool = False, **options: Unpack[Options],
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"momentum": momentum, "centered": centered}, **options)
+        super().__init__(
+            params, defaults | {"momentum": momentum, "centered": centered}, **options
+        )
 
-    @staticmethod
-    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
-        names = ["square_avg"] + ["momentum_buffer"] * (h.momentum > 0) + ["grad_avg"] * h.centered
-        return {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in names}
-
+    # %% 04_adaptive_methods sec-forgetting 2 308046ff
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         if h.weight_decay:
@@ -135,10 +167,21 @@ class RMSprop(Optimizer):
         else:
             p.addcdiv_(g, root, value=-h.lr)
 
+    # %% 04_adaptive_methods sec-forgetting 3 64332c54
+    @staticmethod
+    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+        names = (
+            ["square_avg"]
+            + ["momentum_buffer"] * (h.momentum > 0)
+            + ["grad_avg"] * h.centered
+        )
+        return {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in names}
 
-# %% 04_adaptive_methods sec-adam 1 6841daf9
+
+# %% 04_adaptive_methods sec-adam 1 0790076a
 def _decayed(p: Tensor, g: Tensor, h: Any) -> Tensor:
-    """Weight decay: shrink the parameter (decoupled), or add its pull to the gradient (L2)."""
+    """Weight decay: shrink the parameter (decoupled), or add its pull to the gradient
+    (L2)."""
     if h.weight_decay and h.decoupled_weight_decay:
         p.mul_(1 - h.lr * h.weight_decay)
     elif h.weight_decay:
@@ -146,6 +189,7 @@ def _decayed(p: Tensor, g: Tensor, h: Any) -> Tensor:
     return g
 
 
+# %% 04_adaptive_methods sec-adam 2 5651470b
 def _moments(g: Tensor, s: Any, h: Any) -> tuple[Tensor, Tensor]:
     """Running means of the gradient and of its square, each moved on by one step."""
     b1, b2 = h.betas[:2]
@@ -154,50 +198,65 @@ def _moments(g: Tensor, s: Any, h: Any) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-# %% 04_adaptive_methods sec-adam 2 fe47978e
+# %% 04_adaptive_methods sec-adam 3 26498e36
 class Adam(Optimizer):
-    """Adam: the running mean of the gradient, divided by the root of the running mean of its square.
+    """Adam: the running mean of the gradient, divided by the root of the running mean
+    of its square.
 
-    ``m ← β₁ m + (1−β₁) g;  v ← β₂ v + (1−β₂) g²;  x ← x − lr · m̂ / (√v̂ + eps)``, with ``m̂ = m / (1−β₁ᵗ)`` and
-    ``v̂ = v / (1−β₂ᵗ)``. AMSGrad divides by the largest v so far.
+    ``m ← β₁ m + (1−β₁) g;  v ← β₂ v + (1−β₂) g²;  x ← x − lr · m̂ / (√v̂ + eps)``, with
+    ``m̂ = m / (1−β₁ᵗ)`` and ``v̂ = v / (1−β₂ᵗ)``. AMSGrad divides by the largest v so
+    far.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
         lr: Step size η, in units of the parameter; in [0, ∞). Default 0.001.
-        betas: Decays β₁, β₂ of the two means, per step; each in [0, 1). Default (0.9, 0.999).
+        betas: Decays β₁, β₂ of the two means, per step; each in [0, 1). Default (0.9,
+            0.999).
         eps: Added to the root, in units of gradient; in [0, ∞). Default 1e-8.
-        weight_decay: λ, in [0, ∞). Default 0. As an L2 penalty it is added to the gradient as λx.
+        weight_decay: λ, in [0, ∞). Default 0. As an L2 penalty it is added to the
+            gradient as λx.
         amsgrad: Divide by the largest second moment so far. Default False.
-        decoupled_weight_decay: Shrink x by lr · λ instead; this makes it ``AdamW``. Default False.
+        decoupled_weight_decay: Shrink x by lr · λ instead; this makes it ``AdamW``.
+            Default False.
         **options: See ``Options``.
 
     Raises:
         ValueError: An argument out of range.
         TypeError: An argument that is not a number.
 
-    Source: Kingma & Ba (2014), arXiv 1412.6980; AMSGrad: Reddi et al. (2018), arXiv 1904.09237.
-    Chapter 04, eq-adam.
+    Source: Kingma & Ba (2014), arXiv 1412.6980; AMSGrad: Reddi et al. (2018), arXiv
+    1904.09237. Chapter 04, eq-adam.
     """
 
     clocks = ("step",)
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, amsgrad: bool = False, *, decoupled_weight_decay: bool = False,
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        decoupled_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"amsgrad": amsgrad, "decoupled_weight_decay": decoupled_weight_decay}
+        defaults |= {
+            "amsgrad": amsgrad,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
         super().__init__(params, defaults, **options)
 
-    # %% 04_adaptive_methods sec-adam 3 68c7e84f
+    # %% 04_adaptive_methods sec-adam 4 68c7e84f
     @staticmethod
     def clock(h: Any) -> None:
         b1, b2 = h.betas
         h.step_size = h.lr / (1 - b1**h.step)
         h.root_correction = (1 - b2**h.step) ** 0.5
 
-    # %% 04_adaptive_methods sec-adam 4 b3dc4a2c
+    # %% 04_adaptive_methods sec-adam 5 b3dc4a2c
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         g = _decayed(p, g, h)
@@ -207,36 +266,50 @@ class Adam(Optimizer):
         root = v.sqrt().div_(h.root_correction).add_(h.eps)
         p.addcdiv_(m, root, value=-h.step_size)
 
-    # %% 04_adaptive_methods sec-adam 5 531a6302
+    # %% 04_adaptive_methods sec-adam 6 87972d05
     @staticmethod
     def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * h.amsgrad
         return {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in names}
 
+
     @staticmethod
     def fused(p: list[Tensor], g: list[Tensor], s: Any, h: Any) -> None:
         kernel = torch._fused_adamw_ if h.decoupled_weight_decay else torch._fused_adam_
         kernel(
-            p, g, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq if h.amsgrad else [], s.step, lr=h.lr, beta1=h.betas[0],
-            beta2=h.betas[1], weight_decay=h.weight_decay, eps=h.eps, amsgrad=h.amsgrad, maximize=h.maximize,
+            p,
+            g,
+            s.exp_avg,
+            s.exp_avg_sq,
+            s.max_exp_avg_sq if h.amsgrad else [],
+            s.step,
+            lr=h.lr,
+            beta1=h.betas[0],
+            beta2=h.betas[1],
+            weight_decay=h.weight_decay,
+            eps=h.eps,
+            amsgrad=h.amsgrad,
+            maximize=h.maximize,
             found_inf=h.found_inf,
         )
 
 
-# %% 04_adaptive_methods sec-nadam 1 f3984727
+# %% 04_adaptive_methods sec-nadam 1 ddf70e5d
 class NAdam(Optimizer):
     """NAdam: Adam with Nesterov's step ahead, and a momentum that warms up.
 
-    ``μ_t = β₁ (1 − ½ 0.96^(t · momentum_decay))``, m, v and v̂ as in Adam;
-    ``x ← x − lr · ((1−μ_t) g / (1 − μ₁⋯μ_t) + μ_{t+1} m / (1 − μ₁⋯μ_{t+1})) / (√v̂ + eps)``.
+    ``μ_t = β₁ (1 − ½ 0.96^(t · momentum_decay))``, m, v and v̂ as in Adam; ``x ← x − lr
+    · ((1−μ_t) g / (1 − μ₁⋯μ_t) + μ_{t+1} m / (1 − μ₁⋯μ_{t+1})) / (√v̂ + eps)``.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
         lr: Step size η, in units of the parameter; in [0, ∞). Default 0.002.
         betas: Decays β₁, β₂, per step; each in [0, 1). Default (0.9, 0.999).
         eps: Added to the root, in units of gradient; in [0, ∞). Default 1e-8.
-        weight_decay: λ, in [0, ∞). Default 0. As an L2 penalty it is added to the gradient as λx.
-        momentum_decay: Speed of the warm-up, per step; in [0, ∞). Default 0.004; 0 holds μ at β₁/2.
+        weight_decay: λ, in [0, ∞). Default 0. As an L2 penalty it is added to the
+            gradient as λx.
+        momentum_decay: Speed of the warm-up, per step; in [0, ∞). Default 0.004; 0
+            holds μ at β₁/2.
         decoupled_weight_decay: Shrink x by lr · λ instead. Default False.
         **options: See ``Options``.
 
@@ -244,35 +317,32 @@ class NAdam(Optimizer):
         ValueError: An argument out of range.
         TypeError: An argument that is not a number.
 
-    Source: Dozat (2016), ICLR workshop, openreview OM0jvwB8jIp57ZJjtNEZ. Chapter 04, eq-nadam.
+    Source: Dozat (2016), ICLR workshop, openreview OM0jvwB8jIp57ZJjtNEZ. Chapter 04,
+    eq-nadam.
     """
 
     clocks = ("step", "mu_product")
     ranges = {"momentum_decay": "[0, inf)"}
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 2e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, momentum_decay: float = 4e-3, decoupled_weight_decay: bool = False,
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"momentum_decay": momentum_decay, "decoupled_weight_decay": decoupled_weight_decay}
+        defaults |= {
+            "momentum_decay": momentum_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
         super().__init__(params, defaults, **options)
 
-    @staticmethod
-    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
-        clocks = {"step": torch.zeros(()), "mu_product": torch.ones((), dtype=torch.float64)}
-        return clocks | {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-
-    @staticmethod
-    def clock(h: Any) -> None:
-        b1, b2 = h.betas
-        mu, mu_next = (b1 * (1 - 0.5 * 0.96 ** (t * h.momentum_decay)) for t in (h.step, h.step + 1))
-        h.mu_product = h.mu_product * mu
-        h.now = h.lr * (1 - mu) / (1 - h.mu_product)
-        h.ahead = h.lr * mu_next / (1 - h.mu_product * mu_next)
-        h.root_correction = (1 - b2**h.step) ** 0.5
-
+    # %% 04_adaptive_methods sec-nadam 2 3d2ad984
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         g = _decayed(p, g, h)
@@ -280,19 +350,43 @@ class NAdam(Optimizer):
         root = v.sqrt().div_(h.root_correction).add_(h.eps)
         p.addcdiv_(g, root, value=-h.now).addcdiv_(m, root, value=-h.ahead)
 
+    # %% 04_adaptive_methods sec-nadam 3 94e9feff
+    @staticmethod
+    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+        clocks = {
+            "step": torch.zeros(()),
+            "mu_product": torch.ones((), dtype=torch.float64),
+        }
+        return clocks | {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
-# %% 04_adaptive_methods sec-weight-decay 1 ea754749
+
+    @staticmethod
+    def clock(h: Any) -> None:
+        b1, b2 = h.betas
+        mu, mu_next = (
+            b1 * (1 - 0.5 * 0.96 ** (t * h.momentum_decay)) for t in (h.step, h.step + 1)
+        )
+        h.mu_product = h.mu_product * mu
+        h.now = h.lr * (1 - mu) / (1 - h.mu_product)
+        h.ahead = h.lr * mu_next / (1 - h.mu_product * mu_next)
+        h.root_correction = (1 - b2**h.step) ** 0.5
+
+
+# %% 04_adaptive_methods sec-weight-decay 1 d6de76d3
 class AdamW(Adam):
-    """AdamW: Adam whose weight decay acts on the parameter and not through the gradient.
+    """AdamW: Adam whose weight decay acts on the parameter and not through the
+    gradient.
 
     ``x ← (1 − lr · weight_decay) x``, then ``Adam``'s step.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
         lr: Step size η, in units of the parameter; in [0, ∞). Default 0.001.
-        betas: Decays β₁, β₂ of the two means, per step; each in [0, 1). Default (0.9, 0.999).
+        betas: Decays β₁, β₂ of the two means, per step; each in [0, 1). Default (0.9,
+            0.999).
         eps: Added to the root, in units of gradient; in [0, ∞). Default 1e-8.
-        weight_decay: λ, in [0, ∞); a step shrinks x by the fraction lr · λ. Default 0.01.
+        weight_decay: λ, in [0, ∞); a step shrinks x by the fraction lr · λ. Default
+            0.01.
         amsgrad: Divide by the largest second moment so far. Default False.
         **options: See ``Options``.
 
@@ -304,10 +398,25 @@ class AdamW(Adam):
     """
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, amsgrad: bool = False, **options: Unpack[Options],
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            decoupled_weight_decay=True,
+            **options,
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A checkpoint of ``Adam`` goes on as AdamW, as in torch."""
@@ -316,9 +425,10 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
-# %% 04_adaptive_methods sec-adafactor 1 3af2d072
+# %% 04_adaptive_methods sec-adafactor 1 d9cbb9ee
 def _min(a: Any, b: Any) -> Any:
-    """The smaller of two numbers, either of which may be a tensor; without reading it."""
+    """The smaller of two numbers, either of which may be a tensor; without reading
+    it."""
     if isinstance(b, Tensor):
         a, b = b, a
     return a.clamp(max=b) if isinstance(a, Tensor) else min(a, b)
@@ -329,56 +439,64 @@ def _rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / max(1, x.numel()) ** 0.5
 
 
-# %% 04_adaptive_methods sec-adafactor 2 238da4fc
+# %% 04_adaptive_methods sec-adafactor 2 bba1a504
 class Adafactor(Optimizer):
-    """Adafactor: Adam's second moment of a matrix kept as its row and column means, and no first moment.
+    """Adafactor: Adam's second moment of a matrix kept as its row and column means, and
+    no first moment.
 
-    ``R ← R + ρ₂ (row means of G² − R)``, C likewise, with ``ρ₂ = t^beta2_decay``; ``V = R C / mean R``;
-    ``U = G / √V``, clipped to root mean square d;
-    ``X ← X − min(lr, 1/√t) · max(eps₂, RMS(X)) · U``. Vectors and numbers keep a full V.
+    ``R ← R + ρ₂ (row means of G² − R)``, C likewise, with ``ρ₂ = t^beta2_decay``; ``V =
+    R C / mean R``; ``U = G / √V``, clipped to root mean square d; ``X ← X − min(lr,
+    1/√t) · max(eps₂, RMS(X)) · U``. Vectors and numbers keep a full V.
 
     Args:
-        params: Real parameters or parameter groups. Tensors of more than two dimensions are stacks of matrices in
-            their last two.
+        params: Real parameters or parameter groups. Tensors of more than two dimensions
+            are stacks of matrices in their last two.
         lr: Largest step relative to RMS(X), without unit; in [0, ∞). Default 0.01.
         beta2_decay: Exponent of ρ₂, in (−∞, 0]. Default −0.8.
-        eps: Floor of √V, in units of gradient, and floor of RMS(X), in units of the parameter; each in [0, ∞).
-            ``None`` as the first means the machine epsilon of the data type. Default (None, 0.001).
+        eps: Floor of √V, in units of gradient, and floor of RMS(X), in units of the
+            parameter; each in [0, ∞). ``None`` as the first means the machine epsilon
+            of the data type. Default (None, 0.001).
         d: Largest root mean square of U, in [1, ∞). Default 1.
-        weight_decay: Decoupled: a step shrinks X by the fraction lr · weight_decay; in [0, ∞). Default 0.
+        weight_decay: Decoupled: a step shrinks X by the fraction lr · weight_decay; in
+            [0, ∞). Default 0.
         **options: See ``Options``.
 
     Raises:
         ValueError: An argument out of range; a complex parameter.
         TypeError: An argument that is not a number.
 
-    Source: Shazeer & Stern (2018), arXiv 1804.04235; conventions of ``torch.optim.Adafactor``.
-    Chapter 04, eq-adafactor.
+    Source: Shazeer & Stern (2018), arXiv 1804.04235; conventions of
+    ``torch.optim.Adafactor``. Chapter 04, eq-adafactor.
     """
 
     clocks = ("step",)
     elementwise = False
-    ranges = {"beta2_decay": "(-inf, 0]", "eps": ("[0, inf) | None", "[0, inf)"), "d": "[1, inf)"}
+    ranges = {
+        "beta2_decay": "(-inf, 0]",
+        "eps": ("[0, inf) | None", "[0, inf)"),
+        "d": "[1, inf)",
+    }
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-2, beta2_decay: float = -0.8,
-        eps: tuple[float | None, float] = (None, 1e-3), d: float = 1.0, weight_decay: float = 0.0,
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "beta2_decay": beta2_decay,
+            "eps": eps,
+            "d": d,
+            "weight_decay": weight_decay,
+        }
         super().__init__(params, defaults, **options)
 
-    @staticmethod
-    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
-        if p.dim() < 2:
-            return {"step": torch.zeros(()), "variance": torch.zeros_like(p)}
-        rows, columns = torch.zeros_like(p[..., :1]), torch.zeros_like(p[..., :1, :])
-        return {"step": torch.zeros(()), "row_var": rows, "col_var": columns}
-
-    @staticmethod
-    def clock(h: Any) -> None:
-        h.rho, h.rho2 = _min(h.lr, h.step**-0.5), h.step**h.beta2_decay
-
+    # %% 04_adaptive_methods sec-adafactor 3 cf31c099
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         eps1 = torch.finfo(p.dtype).eps if h.eps[0] is None else h.eps[0]
@@ -395,21 +513,35 @@ class Adafactor(Optimizer):
         u = v.clamp_min_(eps1**2).rsqrt_().mul_(g)
         p.addcmul_(u, step_size / (_rms(u) / h.d).clamp_min(1), value=-1)
 
+    # %% 04_adaptive_methods sec-adafactor 4 af4c9a2b
+    @staticmethod
+    def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+        if p.dim() < 2:
+            return {"step": torch.zeros(()), "variance": torch.zeros_like(p)}
+        rows, columns = torch.zeros_like(p[..., :1]), torch.zeros_like(p[..., :1, :])
+        return {"step": torch.zeros(()), "row_var": rows, "col_var": columns}
 
-# %% 04_adaptive_methods sec-ademamix 1 9534c0a1
+
+    @staticmethod
+    def clock(h: Any) -> None:
+        h.rho, h.rho2 = _min(h.lr, h.step**-0.5), h.step**h.beta2_decay
+
+
+# %% 04_adaptive_methods sec-ademamix 1 b2c09ec4
 class AdEMAMix(Optimizer):
     """AdEMAMix: Adam that also follows a second, much slower mean of the gradient.
 
-    m̂, v̂ as in Adam; ``n ← β₃ n + (1−β₃) g;  x ← (1 − lr · weight_decay) x − lr · (m̂ + α n) / (√v̂ + eps)``.
+    m̂, v̂ as in Adam; ``n ← β₃ n + (1−β₃) g;  x ← (1 − lr · weight_decay) x − lr · (m̂
+    + α n) / (√v̂ + eps)``.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
         lr: Step size η, in units of the parameter; in [0, ∞). Default 0.001.
-        betas: Decays β₁, β₂, β₃ of the fast mean, the square and the slow mean, per step; each in [0, 1).
-            Default (0.9, 0.999, 0.9999).
+        betas: Decays β₁, β₂, β₃ of the fast mean, the square and the slow mean, per
+            step; each in [0, 1). Default (0.9, 0.999, 0.9999).
         alpha: Weight α of the slow mean, in [0, ∞). Default 5.
-        t_alpha_beta3: Steps over which α grows from 0, and the half-life of the slow mean from that of β₁; in
-            (0, ∞), or ``None`` (the default) for no warm-up.
+        t_alpha_beta3: Steps over which α grows from 0, and the half-life of the slow
+            mean from that of β₁; in (0, ∞), or ``None`` (the default) for no warm-up.
         eps: Added to the root, in units of gradient; in [0, ∞). Default 1e-8.
         weight_decay: λ, decoupled; in [0, ∞). Default 0.
         **options: See ``Options``.
@@ -418,24 +550,53 @@ class AdEMAMix(Optimizer):
         ValueError: An argument out of range.
         TypeError: An argument that is not a number.
 
-    Source: Pagliardini, Ablin & Grangier (2024), arXiv 2409.03137. Chapter 04, eq-ademamix.
+    Source: Pagliardini, Ablin & Grangier (2024), arXiv 2409.03137. Chapter 04,
+    eq-ademamix.
     """
 
     clocks = ("step",)
-    ranges = {"betas": ("[0, 1)",) * 3, "alpha": "[0, inf)", "t_alpha_beta3": "(0, inf) | None"}
+    ranges = {
+        "betas": ("[0, 1)",) * 3,
+        "alpha": "[0, inf)",
+        "t_alpha_beta3": "(0, inf) | None",
+    }
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        alpha: float = 5.0, t_alpha_beta3: float | None = None, eps: float = 1e-8, weight_decay: float = 0.0,
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha_beta3: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "alpha": alpha, "t_alpha_beta3": t_alpha_beta3, "eps": eps}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "alpha": alpha,
+            "t_alpha_beta3": t_alpha_beta3,
+            "eps": eps,
+        }
         super().__init__(params, defaults | {"weight_decay": weight_decay}, **options)
 
+    # %% 04_adaptive_methods sec-ademamix 2 d9af62ed
+    @staticmethod
+    def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
+        if h.weight_decay:
+            p.mul_(1 - h.lr * h.weight_decay)
+        m, v = _moments(g, s, h)
+        n = s.exp_avg_slow.lerp_(g, 1 - h.beta3)
+        root = v.sqrt().div_(h.root_correction).add_(h.eps)
+        p.addcdiv_(m, root, value=-h.step_size).addcdiv_(n, root, value=-h.slow_size)
+
+    # %% 04_adaptive_methods sec-ademamix 3 4bda339d
     @staticmethod
     def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         names = ("exp_avg", "exp_avg_sq", "exp_avg_slow")
         return {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in names}
+
 
     @staticmethod
     def clock(h: Any) -> None:
@@ -447,12 +608,3 @@ class AdEMAMix(Optimizer):
             h.beta3 = math.e ** (-1 / (fast + (slow - fast) * done))
             h.slow_size = h.slow_size * done
         h.step_size, h.root_correction = h.lr / (1 - b1**h.step), (1 - b2**h.step) ** 0.5
-
-    @staticmethod
-    def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
-        if h.weight_decay:
-            p.mul_(1 - h.lr * h.weight_decay)
-        m, v = _moments(g, s, h)
-        n = s.exp_avg_slow.lerp_(g, 1 - h.beta3)
-        root = v.sqrt().div_(h.root_correction).add_(h.eps)
-        p.addcdiv_(m, root, value=-h.step_size).addcdiv_(n, root, value=-h.slow_size)

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 29b7dd83
+# %% head d80dd397
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -16,10 +16,12 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-check 1 6f2dc78d
+# %% 23_machinery sec-check 1 13f2ffb7
+import base64
 import io
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,7 +29,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.collections import Collection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from guided_descent.core import check_range
@@ -80,7 +84,7 @@ def _array(x: Any) -> np.ndarray:
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
-# %% 23_machinery sec-train 1 9592e021
+# %% 23_machinery sec-train 1 bf60007d
 def seed(n: int = 0) -> torch.Generator:
     """Seed Python, NumPy and torch, and return a CPU generator with the same seed.
 
@@ -96,7 +100,7 @@ def seed(n: int = 0) -> torch.Generator:
 
 
 def device() -> torch.device:
-    """The device chapters run on: the current CUDA device when there is one, else the CPU."""
+    """The device chapters run on: the current CUDA device, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -110,27 +114,32 @@ def train(
     record: Callable[[int], dict[str, Any]] | None = None,
     desc: str = "training",
 ) -> dict[str, Tensor]:
-    """Take ``steps`` optimizer steps on ``loss``, with a progress bar, and return what happened.
+    """Take ``steps`` optimizer steps on ``loss``, and return what happened.
 
-    The loss is handed to the optimizer as a closure, so methods that evaluate it several times a step work too, and
-    so do those that differentiate it themselves.
+    The loss is handed to the optimizer as a closure, so methods that evaluate it
+    several times a step work too, and so do those that differentiate it themselves.
     Values stay on the device until the end: recording costs no synchronisation.
 
     Args:
-        loss: Called as ``loss()``, or as ``loss(batch)`` when there are batches; returns a scalar tensor.
+        loss: Called as ``loss()``, or as ``loss(batch)`` when there are batches;
+            returns a scalar tensor.
         optimizer: Any ``torch.optim.Optimizer``.
         steps: Number of steps, at least one.
-        batches: One batch for each step; a step that calls the closure repeatedly sees the same one.
+        batches: One batch for each step; a step that calls the closure repeatedly sees
+            the same one.
         scheduler: Stepped once after each step; one whose ``step`` needs no argument.
-        record: Called as ``record(t)`` before step ``t``, with gradients off; the values it returns are stacked, under
-            any name but ``"loss"``.
-        desc: The text beside the progress bar. ``GUIDED_DESCENT_PROGRESS=0`` in the environment hides the bar.
+        record: Called as ``record(t)`` before step ``t``, with gradients off; the
+            values it returns are stacked, under any name but ``"loss"``.
+        desc: The text beside the progress bar. ``GUIDED_DESCENT_PROGRESS=0`` in the
+            environment hides the bar.
 
     Returns:
-        ``"loss"`` before each step, and one tensor for each recorded name; the first axis is time.
+        ``"loss"`` before each step, and one tensor for each recorded name; the first
+        axis is time.
 
     Raises:
-        ValueError: ``steps`` is less than one, the batches end early, or ``record`` uses the name ``"loss"``.
+        ValueError: ``steps`` is less than one, the batches end early, or ``record``
+            uses the name ``"loss"``.
 
     Source: appendix "The machinery".
     """
@@ -140,21 +149,25 @@ def train(
         raise ValueError(f"steps={steps} takes no step; pass at least 1")
     history: dict[str, list[Tensor]] = {"loss": []}
     stream = iter(batches) if batches is not None else None
-    for t in tqdm(range(steps), desc=desc, leave=False, disable=os.environ.get("GUIDED_DESCENT_PROGRESS") == "0"):
+    quiet = os.environ.get("GUIDED_DESCENT_PROGRESS") == "0"
+    for t in tqdm(range(steps), desc=desc, leave=False, disable=quiet):
         if record is not None:
             with torch.no_grad():
                 for name, value in record(t).items():
                     if name == "loss":
-                        raise ValueError("record returned the name 'loss', which the loss itself has; choose another")
-                    history.setdefault(name, []).append(torch.as_tensor(value).detach().clone())
+                        told = "record returned the name 'loss', which the loss has"
+                        raise ValueError(f"{told}; choose another")
+                    value = torch.as_tensor(value).detach().clone()
+                    history.setdefault(name, []).append(value)
         try:
             batch = () if stream is None else (next(stream),)
         except StopIteration:
-            raise ValueError(f"batches ended at step {t} of steps={steps}; pass as many batches as steps") from None
+            told = f"batches ended at step {t} of steps={steps}"
+            raise ValueError(f"{told}; pass as many batches as steps") from None
 
         first: list[Tensor] = []
 
-        def closure(batch: tuple[Any, ...] = batch, first: list[Tensor] = first) -> Tensor:
+        def closure(batch: Any = batch, first: list[Tensor] = first) -> Tensor:
             optimizer.zero_grad()
             value = loss(*batch)
             if not getattr(optimizer, "differentiates", False):
@@ -169,7 +182,7 @@ def train(
     return {name: torch.stack(values).cpu() for name, values in history.items()}
 
 
-# %% 23_machinery sec-figures 1 7ca298a7
+# %% 23_machinery sec-figures 1 1cf3fa9e
 #: The palette of Okabe and Ito: it survives colour blindness and grey print.
 COLORS = {
     "blue": "#0072B2",
@@ -184,17 +197,18 @@ COLORS = {
 
 
 def style() -> None:
-    """Set the book's figure style: colour-blind-safe (Okabe and Ito), on white, legible on a phone.
+    """Set the book's figure style: colour-blind-safe (Okabe and Ito), SVG, legible on a phone.
 
     Source: appendix "The machinery".
     """
     plt.rcParams.update(
         {
-            "figure.figsize": (5.4, 3.2),
-            "figure.dpi": 150,
+            "figure.figsize": (5.2, 3.2),
+            "figure.dpi": 100,
             "figure.facecolor": "white",
             "figure.constrained_layout.use": True,
-            "font.size": 11,
+            "font.size": 12,
+            "axes.titlesize": 12,
             "axes.prop_cycle": plt.cycler(color=list(COLORS.values())),
             "axes.spines.top": False,
             "axes.spines.right": False,
@@ -203,25 +217,101 @@ def style() -> None:
             "grid.linewidth": 0.6,
             "legend.frameon": False,
             "lines.linewidth": 1.8,
+            "svg.fonttype": "path",
+            "svg.hashsalt": "guided descent",
         }
     )
     if "ipykernel" in sys.modules:
         from IPython import get_ipython
 
-        plt.close(plt.figure())  # lets the notebook's backend register its own formatter before ours
-        get_ipython().display_formatter.formatters["image/png"].for_type(Figure, _png)
+        if shell := get_ipython():
+            plt.close(plt.figure())  # the notebook's backend registers its formatter first
+            formatters = shell.display_formatter.formatters
+            formatters["image/png"].pop(Figure, None)
+            formatters["image/svg+xml"].for_type(Figure, _svg)
 
 
-def _png(figure: Figure) -> bytes:
+# %% 23_machinery sec-figures 2 d5226669
+def _svg(figure: Figure) -> str:
+    """The figure as SVG, the same at every run; what is dense in it as pixels."""
+    svg = _draw(figure)
+    if len(svg) > _LARGEST:
+        for artist in figure.findobj(_dense):
+            artist.set_rasterized(True)
+        svg = _draw(figure)
+    panels = _panels(figure)
+    return svg.replace("<svg ", f'<svg data-panels="{panels}" ', 1) if panels else svg
+
+
+_LARGEST = 40_000  # bytes
+
+
+def _dense(artist: Any) -> bool:
+    """Whether an artist is drawn with many points: a map, filled contours, a cloud."""
+    if isinstance(artist, Collection):
+        points = sum(len(path.vertices) for path in artist.get_paths())
+        return max(points, len(artist.get_offsets())) > 400
+    return isinstance(artist, Line2D) and artist.get_marker() != "None" and len(artist.get_xdata()) > 400
+
+
+def _draw(figure: Figure) -> str:
+    """SVG without its preamble and its needless digits, its pixels in 256 colours."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", dpi=120, facecolor="white", metadata=nothing)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[\w.]+_\d+"|^ +', "", svg, flags=re.MULTILINE)
+    svg = re.sub(r'\b(d|x|y)="[^"]+"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)
+    svg = re.sub(r'\bd="[^"]+"', lambda m: re.sub(r"\s*([A-Zz\"])\s*", r"\1", m[0]), svg)
+    return re.sub(r"(?<=data:image/png;base64,)[^\"]+", _fewer_colours, svg)
+
+
+def _fewer_colours(png: re.Match[str]) -> str:
     from PIL import Image
 
-    large, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(large, format="png", facecolor="white")
-    Image.open(large).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(small, "png", optimize=True)
-    return small.getvalue()
+    file = io.BytesIO()
+    image = Image.open(io.BytesIO(base64.b64decode(png[0]))).convert("RGBA")
+    octree = Image.Quantize.FASTOCTREE
+    image.quantize(256, method=octree).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
-# %% 23_machinery sec-figures 2 42acf6af
+def _panels(figure: Figure) -> str:
+    """Where panels side by side may be cut apart: in points, ``left:right`` of each.
+
+    ``+left:right`` follows a panel whose numbers stand beside the first one: the strip that
+    holds them. Empty where nothing can be cut.
+    """
+    renderer = figure.canvas.get_renderer()
+    columns: dict[int, list[Any]] = {}
+    for axes in figure.axes:
+        spec = axes.get_subplotspec()
+        column = spec.get_topmost_subplotspec().colspan.start if spec else max(columns, default=0)
+        columns.setdefault(column, []).append(axes)
+    if len(columns) < 2 or figure.texts or figure.legends or figure.get_suptitle():
+        return ""
+    scale = 72 / figure.dpi
+    boxes = [[axes.get_tightbbox(renderer) for axes in columns[k]] for k in sorted(columns)]
+    left = [scale * min(box.x0 for box in column) for column in boxes]
+    right = [scale * max(box.x1 for box in column) for column in boxes]
+    if any(b < a for a, b in zip(right, left[1:], strict=False)):
+        return ""
+    width = 72 * figure.get_figwidth()
+    cuts = [0, *((a + b) / 2 for a, b in zip(right, left[1:], strict=False)), width]
+    first = columns[min(columns)][0]
+    strip = f"+0:{scale * first.get_window_extent(renderer).x0:.1f}"
+    found = []
+    for column, a, b in zip(sorted(columns), cuts, cuts[1:], strict=False):
+        axes = columns[column][0]
+        shared = axes is not first and first.get_shared_y_axes().joined(first, axes)
+        bare = shared and not axes.yaxis.get_tick_params().get("labelleft", True)
+        found.append(f"{a:.1f}:{b:.1f}{strip if bare else ''}")
+    return " ".join(found)
+
+
+# %% 23_machinery sec-figures 3 f635825c
 def slider(
     frames: dict[str, list[dict[str, Any]]],
     *,
@@ -240,7 +330,8 @@ def slider(
     """Show curves that a slider moves through.
 
     Args:
-        frames: For each position of the slider, its label and the plotly traces (``x``, ``y``, ``name``, …) to draw.
+        frames: For each position of the slider, its label and the plotly traces (``x``,
+            ``y``, ``name``, …) to draw.
         name: What the slider changes, such as ``"η"``.
         xlabel: Label of the horizontal axis.
         ylabel: Label of the vertical axis.
@@ -259,28 +350,33 @@ def slider(
     Source: appendix "The machinery".
     """
     if not 0 <= active < len(frames):
-        raise ValueError(f"active={active} is not one of the {len(frames)} frames; pass 0 to {len(frames) - 1}")
+        told = f"active={active} is not one of the {len(frames)} frames"
+        raise ValueError(f"{told}; pass 0 to {len(frames) - 1}")
     owner = [k for k, traces in enumerate(frames.values()) for _ in traces]
     shown = [[k == frame for k in owner] for frame in range(len(frames))]
+    traces = [trace for some in frames.values() for trace in some]
     data = [
-        {**trace, "x": _rounded(trace["x"]), "y": _rounded(trace["y"]), "visible": visible}
-        for trace, visible in zip((t for traces in frames.values() for t in traces), shown[active], strict=True)
+        {**x, "x": _rounded(x["x"]), "y": _rounded(x["y"]), "visible": visible}
+        for x, visible in zip(traces, shown[active], strict=True)
     ]
     steps = [
         {"label": label, "method": "restyle", "args": ["visible", visible]}
         for label, visible in zip(frames, shown, strict=True)
     ]
+    equal = {"scaleanchor": "x", "scaleratio": aspect} if aspect else {}
+    bar = {"currentvalue": {"prefix": f"{name} = "}, "pad": {"t": 45}}
     layout = {
         "title": {"text": title},
         "height": height,
         "margin": {"l": 60, "r": 15, "t": 50 if title else 30, "b": 50},
         "xaxis": _axis(xlabel, logx, xrange),
-        "yaxis": _axis(ylabel, logy, yrange) | ({"scaleanchor": "x", "scaleratio": aspect} if aspect else {}),
+        "yaxis": _axis(ylabel, logy, yrange) | equal,
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "colorway": list(COLORS.values()),
-        "sliders": [{"active": active, "steps": steps, "currentvalue": {"prefix": f"{name} = "}, "pad": {"t": 45}}],
+        "sliders": [{"active": active, "steps": steps, **bar}],
     }
-    interactive({"data": data, "layout": layout}, f"Interactive figure: a slider for {name}")
+    text = f"Interactive figure: a slider for {name}"
+    interactive({"data": data, "layout": layout}, text)
 
 
 def interactive(figure: dict[str, Any], text: str) -> None:
@@ -303,16 +399,20 @@ def interactive(figure: dict[str, Any], text: str) -> None:
 
 
 def _rounded(values: Any) -> list[float | None]:
-    """Four significant digits are plenty for a screen; what is not finite leaves a gap."""
-    return [float(f"{v:.4g}") if np.isfinite(v) else None for v in np.asarray(values, dtype=float).ravel()]
+    """Four significant digits are plenty; what is not finite leaves a gap."""
+    numbers = np.asarray(values, dtype=float).ravel()
+    return [float(f"{v:.4g}") if np.isfinite(v) else None for v in numbers]
 
 
 def _axis(label: str, log: bool, limits: tuple[float, float] | None) -> dict[str, Any]:
-    axis: dict[str, Any] = {"title": {"text": label}, "type": "log" if log else "linear", "exponentformat": "power"}
-    return axis | ({"range": [float(np.log10(v)) if log else v for v in limits]} if limits else {})
+    axis: dict[str, Any] = {"title": {"text": label}, "exponentformat": "power"}
+    axis["type"] = "log" if log else "linear"
+    if limits:
+        axis["range"] = [float(np.log10(v)) if log else v for v in limits]
+    return axis
 
 
-# %% 23_machinery sec-pieces 1 97e8645e
+# %% 23_machinery sec-pieces 1 e4415938
 import abc
 import builtins
 
@@ -320,7 +420,7 @@ import builtins
 def method_of(cls: type) -> Callable[[Any], Any]:
     """Add a function to a class, as a method: a chapter tells a class in pieces.
 
-    Outermost over a function, or over a ``staticmethod``, ``classmethod`` or ``property``::
+    Outermost over a function, a ``staticmethod``, ``classmethod`` or ``property``::
 
         @method_of(SGD)
         @staticmethod
@@ -343,7 +443,8 @@ def method_of(cls: type) -> Callable[[Any], Any]:
     def attach(member: Any) -> Any:
         name = getattr(getattr(member, "fget", member), "__name__", None)
         if name is None or isinstance(member, type):
-            raise TypeError(f"method_of({cls.__name__}) over {member!r}; put it above a function")
+            told = f"method_of({cls.__name__}) over {member!r}"
+            raise TypeError(f"{told}; put it above a function")
         setattr(cls, name, member)
         abc.update_abstractmethods(cls)
         return sys._getframe(1).f_globals.get(name, vars(builtins).get(name))

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e3354007
+# %% head d0bc8615
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -10,10 +10,11 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-capture 5 7e5f20cd
+# %% 23_machinery sec-capture 5 ead0cb82
 import copy
 import dataclasses
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -31,10 +32,12 @@ from guided_descent.likelihoods import LIKELIHOODS, check_no_classes, class_axis
 #: Whose gradients are captured; see ``Capture``.
 FisherType = Literal["mc", "type-2", "empirical", "none"]
 #: What the model's output means; see ``Capture``.
-LikelihoodType = Literal["categorical", "gaussian", "bernoulli"] | Callable[[Tensor], Tensor]
+LikelihoodType = (
+    Literal["categorical", "gaussian", "bernoulli"] | Callable[[Tensor], Tensor]
+)
 
 
-# %% 23_machinery sec-capture 6 577839e1
+# %% 23_machinery sec-capture 6 d3ca8de0
 def _windows(module: nn.Module, x: Tensor) -> Tensor:
     """What a convolution's weight multiplies, a view: (N, *places, C, *window)."""
     x = x if x.ndim > len(module.kernel_size) + 1 else x.unsqueeze(0)
@@ -47,7 +50,7 @@ def _windows(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """What a norm layer's weight multiplies: its output, were weight one and bias zero."""
+    """What a norm layer's weight multiplies: its output at weight one, bias zero."""
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.RMSNorm):
@@ -60,7 +63,7 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _features_last(module: nn.Module, y: Tensor) -> Tensor:
-    """What has the shape of a module's output, with the features as its last dimension."""
+    """A tensor shaped like a module's output, with the features last."""
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return y.flatten(-len(module.normalized_shape))
     if isinstance(module, KINDS["conv"]):
@@ -68,31 +71,31 @@ def _features_last(module: nn.Module, y: Tensor) -> Tensor:
     return y.movedim(1, -1) if isinstance(module, KINDS["conv"] + KINDS["scale"]) else y
 
 
-# %% 23_machinery sec-capture 7 78d5ce94
-#: The pass whose sampled gradients are on their way through a model, that no other capture
-#: may take for its own.
+# %% 23_machinery sec-capture 7 b4131362
+#: The pass whose sampled gradients are on their way through a model, that no other
+#: capture may take for its own.
 _SAMPLING: "weakref.WeakKeyDictionary[nn.Module, _Pass]" = weakref.WeakKeyDictionary()
 
 
 class _Pass:
-    """One forward call of the model: its examples, and what its taps do with gradients."""
+    """One forward call of the model, and what its taps do with gradients."""
 
     def __init__(self, capture: "Capture") -> None:
         self.capture = capture
         self.examples = self.rows = 1
         self.expected = 0  # gradients that each use of a layer waits for; zero: none
-        self.uses: dict[Layer, int] = {}
-        self.ready: dict[Layer, list[tuple[Tensor, Tensor | None]]] = {}
+        self.uses: dict[Layer, int] = defaultdict(int)
+        self.ready: dict[Layer, list[tuple[Tensor, Tensor | None]]] = defaultdict(list)
         self.anchors: dict[torch.device, Tensor] = {}
 
     def anchor(self, device: torch.device) -> Tensor:
-        """A leaf that all taps hang on: its gradient reaches every tap and no weight."""
+        """A leaf that all taps hang on: its gradient meets all taps and no weight."""
         if device not in self.anchors:
             self.anchors[device] = torch.zeros((), device=device, requires_grad=True)
         return self.anchors[device]
 
     def arrange(self, x: Tensor, time_first: bool) -> Tensor:
-        """(…, d) as (examples, places, d); (1, places, d) where examples share the call."""
+        """(…, d) as (examples, places, d); (1, places, d) where they share the call."""
         n, total = self.examples, x.shape[:-1].numel()
         if time_first and x.ndim == 2 and total % n == 0:
             x = x.unflatten(0, (-1, n))
@@ -102,9 +105,8 @@ class _Pass:
 
     def finish(self, layer: Layer, a: Tensor, g: Tensor | None) -> None:
         """Hand a pair over, once all uses of a tied weight have come in."""
-        pairs = self.ready.setdefault(layer, [])
-        pairs.append((a, g))
-        if len(pairs) == self.uses[layer]:
+        self.ready[layer].append((a, g))
+        if len(self.ready[layer]) == self.uses[layer]:
             self.hand_over(layer)
 
     def hand_over(self, layer: Layer) -> None:
@@ -119,16 +121,14 @@ class _Pass:
                 self.capture.consume(layer, a, g)
 
     def sample(self, root: GradientEdge, output: Tensor) -> None:
-        """Send gradients from the output through the graph, which the user's still needs."""
-        c = self.capture
+        """Send gradients through the graph, which the user's still needs."""
+        c, options = self.capture, {"retain_graph": True, "allow_unused": True}
         self.expected = c.samples if c.fisher == "mc" else output[0].numel()
         outer = _SAMPLING.get(c.model)
         _SAMPLING[c.model] = self
         try:
             for v in c.cotangents(output):
-                leaves = list(self.anchors.values())
-                options = {"retain_graph": True, "allow_unused": True}
-                torch.autograd.grad([root], leaves, [v], **options)
+                torch.autograd.grad([root], list(self.anchors.values()), [v], **options)
         finally:
             self.expected = 0
             _SAMPLING.pop(c.model)
@@ -139,30 +139,21 @@ class _Pass:
 
 
 class _Use:
-    """One call of a module in a pass: its input, and the gradients that have come back.
+    """One call of a module: its input, and the gradients that have come back."""
 
-    Args:
-        at: The pass.
-        module: The module called.
-        sites: The layers behind it.
-        x: The input.
-        time_first: Whether the leading dimensions are (time, examples).
-    """
+    time_first = False  # leading dimensions are (time, examples): inside attention
 
-    def __init__(
-        self,
-        at: _Pass,
-        module: nn.Module,
-        sites: list[Site],
-        x: Tensor,
-        time_first: bool = False,
-    ) -> None:
-        self.at, self.module, self.sites, self.time_first = at, module, sites, time_first
+    def __init__(self, at: _Pass, module: nn.Module, sites: list[Site], x: Tensor):
+        self.at, self.module, self.sites = at, module, sites
         self.x: Tensor | None = x.detach()
         self.version = 0 if x.is_inference() else x._version
         self.gradients: list[Tensor] = []
         for site in sites:
-            at.uses[site.layer] = at.uses.get(site.layer, 0) + 1
+            at.uses[site.layer] += 1
+
+    def tap(self, y: Tensor) -> Tensor:
+        """The module's output, watched."""
+        return _Tap.apply(y, self.at.anchor(y.device), self)
 
     def receive(self, g: Tensor | None) -> None:
         """What the tap does with a gradient by the module's output."""
@@ -185,30 +176,30 @@ class _Use:
         if not x.is_inference() and x._version != self.version:
             raise RuntimeError(
                 f"the input of layer {self.sites[0].layer.name!r} was changed in place "
-                "between forward and backward, so its statistics would be wrong; use the "
-                "operation that is not in place"
+                "between forward and backward; use the operation that is not in place"
             )
-        gradients, self.gradients, self.x = self.gradients, [], None
-        gradients = [_features_last(self.module, g) for g in gradients]
-        if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
-            real = (x != self.module.padding_idx).unsqueeze(-1)
+        gradients = [_features_last(self.module, g) for g in self.gradients]
+        self.gradients, self.x = [], None
+        if (padding := getattr(self.module, "padding_idx", None)) is not None:
+            real = (x != padding).unsqueeze(-1)
             gradients = [g * real for g in gradients]
-        shared: tuple[Any, Tensor] | None = None
+        arranged: dict[Any, Tensor] = {}
         for layer, _, channels, features in self.sites:
-            key = (channels, layer.weight is None, layer.bias is None)
-            if shared is None or shared[0] != key:
+            key = (str(channels), layer.weight is None, layer.bias is None)
+            if key not in arranged:
                 x_of = self.inputs(layer, x, channels)
-                shared = key, self.at.arrange(x_of, self.time_first)
-            a, g, N = shared[1], None, self.at.examples
+                arranged[key] = self.at.arrange(x_of, self.time_first)
+            a, g, N = arranged[key], None, self.at.examples
             if len(a) != N and self.at.capture.fisher in ("type-2", "empirical"):
                 raise ValueError(
                     f"layer {layer.name!r} is called once for all examples (input "
-                    f"{tuple(x.shape)}), so the gradients of an example are not to be had; "
-                    "repeat the input for each example, or use fisher='mc'"
+                    f"{tuple(x.shape)}), which hides each example's gradient; repeat "
+                    "the input for each example, or use fisher='mc'"
                 )
             if gradients:
-                split = [self.at.arrange(g[..., features], self.time_first) for g in gradients]
-                g = split[0].unsqueeze(0) if len(split) == 1 else torch.stack(split)
+                parts = [g[..., features] for g in gradients]
+                parts = [self.at.arrange(g, self.time_first) for g in parts]
+                g = parts[0][None] if len(parts) == 1 else torch.stack(parts)
                 g = g if len(a) == N else g * (len(a) / N) ** 0.5
             self.at.finish(layer, a.squeeze(-1) if layer.kind == "embedding" else a, g)
 
@@ -217,7 +208,8 @@ class _Use:
         if layer.kind == "embedding":
             return x.unsqueeze(-1)
         if layer.kind == "scale":
-            return _features_last(self.module, _normalised(self.module, x.to(wide(x.dtype))))
+            y = _normalised(self.module, x.to(wide(x.dtype)))
+            return _features_last(self.module, y)
         window = 1
         if layer.kind == "conv":
             window += len(self.module.kernel_size)
@@ -233,7 +225,7 @@ class _Use:
         return made
 
 
-# %% 23_machinery sec-capture 8 1091c38c
+# %% 23_machinery sec-capture 8 045abe97
 class _Tap(torch.autograd.Function):
     """The identity behind a layer's output: what comes back is the gradient by it."""
 
@@ -267,10 +259,8 @@ class _Root:
         if output is None:
             return
         if output._version != self.version:
-            raise RuntimeError(
-                "the model's output was changed in place after the forward call, and its "
-                "likelihood with it; use the operation that is not in place"
-            )
+            remedy = "use the operation that is not in place"
+            raise RuntimeError(f"the model's output was changed in place; {remedy}")
         capture = self.at.capture
         capture.examine(output, g)
         self.at.rows = capture.rows_of(output)
@@ -295,9 +285,9 @@ class _RootTap(torch.autograd.Function):
         return g, None, None
 
 
-# %% 23_machinery sec-capture 9 169ef322
+# %% 23_machinery sec-capture 9 7e785e56
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """What a model returned, a function applied to each tensor; containers are copied."""
+    """What a model returned, a function of each tensor; containers are copied."""
     if isinstance(output, Tensor):
         return function(output)
     if isinstance(output, Mapping):
@@ -306,8 +296,8 @@ def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
             made[key] = _mapped(value, function)
         return made
     if isinstance(output, tuple | list):
-        items = [_mapped(value, function) for value in output]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+        items, make = [_mapped(value, function) for value in output], type(output)
+        return make(*items) if hasattr(output, "_fields") else make(items)
     if dataclasses.is_dataclass(output):
         made = copy.copy(output)
         for field in dataclasses.fields(output):
@@ -318,14 +308,15 @@ def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 class _Hook:
-    """A method of a capture as a hook. It keeps nothing alive, and its copies are inert."""
+    """A method of a capture as a hook. It keeps nothing alive; copies are inert."""
 
     def __init__(self, capture: "Capture", method: str, *args: Any) -> None:
         self.capture, self.method, self.args = weakref.ref(capture), method, args
 
     def __call__(self, *args: Any) -> Any:
-        capture = self.capture()
-        return None if capture is None else getattr(capture, self.method)(*self.args, *args)
+        if (capture := self.capture()) is not None:
+            return getattr(capture, self.method)(*self.args, *args)
+        return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Inert, ()
@@ -337,67 +328,72 @@ class _Inert:
 
 
 class Capture:
-    """Hand each layer's inputs and output gradients to a callback, in the user's own loop.
+    """Hand each layer's inputs and output gradients to a callback, in the user's loop.
 
     Each weight gradient of an example is Σ over places of g aᵀ: a is what the weight
     multiplied, g the gradient by the layer's output. During a backward pass through the
     model's output, each layer's pairs are handed to ``consume``.
 
-    The user's gradient at the output has to be one of the likelihood's: that is checked in
-    the first backward passes (of each number of dimensions), on numbers read to the host.
+    The user's gradient at the output has to be one of the likelihood's: that is checked
+    in the first backward passes (of each number of dimensions), on numbers read to the
+    host.
 
     Args:
-        model: The module whose calls count. Its layers are found once, here; freeze and tie
-            before.
+        model: The module whose calls count. Its layers are found once, here; freeze and
+            tie before.
         fisher: Whose gradients. ``"mc"``: of targets drawn from the model's own output.
-            ``"type-2"``: one for each number of an example's output; outer products sum to
-            the exact Gauss–Newton matrix. ``"empirical"``: the user's own, times the number
-            of examples; outputs (N, C) are then not held against the likelihood.
+            ``"type-2"``: one for each number of an example's output; outer products sum
+            to the exact Gauss–Newton matrix. ``"empirical"``: the user's own, times the
+            number of examples; outputs (N, C) are then not held against the likelihood.
             ``"none"``: no gradients, only inputs.
-        likelihood: What the output means: logits of one choice (``"categorical"``), a mean
-            with unit variance (``"gaussian"``: the loss is half the squared distance),
-            logits of separate events (``"bernoulli"``). Losses of one example add up over
-            all its outputs. Or a callable: from the output (a leaf) to losses, with targets
-            that it draws itself; only for ``"mc"``.
+        likelihood: What the output means: logits of one choice (``"categorical"``), a
+            mean with unit variance (``"gaussian"``: the loss is half the squared
+            distance), logits of separate events (``"bernoulli"``). Losses of one
+            example add up over all its outputs. Or a callable: from the output (a leaf)
+            to losses, with targets that it draws itself; only for ``"mc"``.
         consume: Called as ``consume(layer, a, g)`` with a of shape (N, R, d_in), for N
-            examples and R places that share the weight, a one appended for a bias; and g of
-            shape (M, N, R, d_out), for M gradients. For an embedding a holds the indices,
-            (N, R). For ``"scale"`` it holds the normalised inputs, (N, R, d_out), without a
-            one. Under ``"none"`` g is ``None``. Under ``"mc"`` g is scaled so that outer
-            products add up over M. Called once for each layer and pass; tied weights have
-            the places of all their uses. An input that the examples share, such as
-            positions, has N = 1 and g divided by √N.
+            examples and R places that share the weight, a one appended for a bias; and
+            g of shape (M, N, R, d_out), for M gradients. For an embedding a holds the
+            indices, (N, R). For ``"scale"`` it holds the normalised inputs, (N, R,
+            d_out), without a one. Under ``"none"`` g is ``None``. Under ``"mc"`` g is
+            scaled so that outer products add up over M. Called once for each layer and
+            pass; tied weights have the places of all their uses. An input that the
+            examples share, such as positions, has N = 1 and g divided by √N.
         samples: How many targets ``"mc"`` draws for each output, at least 1.
         generator: Draws them. ``None``: the default generator of the output's device.
         parameters: Only these are covered. ``None``: all that require a gradient.
         output: From what the model returns to the tensor that the likelihood speaks of.
-            ``None``: a returned tensor, the entry ``"logits"``, or the only tensor in there
-            that requires a gradient.
+            ``None``: a returned tensor, the entry ``"logits"``, or the only tensor in
+            there that requires a gradient.
         class_dim: The dimension of the classes, or of the numbers that make up one row.
-            ``None`` (the default): of classes, where the gradient of the user's loss sums
-            to zero; else the last.
+            ``None`` (the default): of classes, where the gradient of the user's loss
+            sums to zero; else the last.
 
     Attributes:
         layers: What is covered.
         rest: Names and parameters that require a gradient and that no layer covers.
         recording: Whether forward calls are recorded. Default ``True``.
-        examples, rows: How many there were in the pass that is being handed over; a row is
-            a place at which the likelihood has a factor of its own: a token, a pixel.
+        examples, rows: How many there were in the pass that is being handed over; a row
+            is a place at which the likelihood has a factor of its own: a token, a
+            pixel.
         entered: Called before each forward call that has a graph, if given.
-        process_group: Of the ``DistributedDataParallel`` that calls the model, if one does.
-        seen: Sums since it was last cleared: ``"examples"``, ``"rows"``, and ``"weight"``,
-            the least that the user's loss can weigh all rows together (a mean: 1); and
-            ``"largest"``, of the loss's gradient by each row the largest entry plus the
-            smallest: positive only if the loss is the negative of a cross-entropy.
+        process_group: Of the ``DistributedDataParallel`` that calls the model, if one
+            does.
+        seen: Sums since it was last cleared: ``"examples"``, ``"rows"``, and
+            ``"weight"``, the least that the user's loss can weigh all rows together (a
+            mean: 1); and ``"largest"``, of the loss's gradient by each row the largest
+            entry plus the smallest: positive only if the loss is the negative of a
+            cross-entropy.
         weighing: Whether the latter two are computed. Default ``False``.
 
     Raises:
-        ValueError: An unknown fisher or likelihood, ``samples`` below one, type-2 with a
-            callable, lazy modules without shapes, ``nn.DataParallel``; in a forward call,
-            an output that is no tensor and has no evident one; in a backward pass, a loss
-            that the likelihood does not fit, or classes on an ambiguous axis.
-        RuntimeError: In a forward call of a replica; in a backward pass, a changed input or
-            output.
+        ValueError: An unknown fisher or likelihood, ``samples`` below one, type-2 with
+            a callable, lazy modules without shapes, ``nn.DataParallel``; in a forward
+            call, an output that is no tensor and has no evident one; in a backward
+            pass, a loss that the likelihood does not fit, or classes on an ambiguous
+            axis.
+        RuntimeError: In a forward call of a replica; in a backward pass, a changed
+            input or output.
 
     Source: appendix "The machinery".
     """
@@ -419,21 +415,15 @@ class Capture:
         if not callable(likelihood):
             check_choice("likelihood", likelihood, LIKELIHOODS)
         elif fisher == "type-2":
-            raise ValueError(
-                "fisher='type-2' needs a likelihood by name, not a callable; use fisher='mc'"
-            )
+            told = "fisher='type-2' needs a likelihood by name, not a callable"
+            raise ValueError(f"{told}; use fisher='mc'")
         check_range("samples", samples, "[1, inf) int")
         if isinstance(model, nn.DataParallel):
-            raise ValueError(
-                "nn.DataParallel is not supported: its replicas differ; use "
-                "DistributedDataParallel"
-            )
+            raise ValueError("nn.DataParallel is refused; use DistributedDataParallel")
         for name, p in model.named_parameters():
             if isinstance(p, nn.parameter.UninitializedParameter):
-                raise ValueError(
-                    f"parameter {name!r} has no shape yet; run a forward call before you "
-                    "build this"
-                )
+                remedy = "run a forward call before you build this"
+                raise ValueError(f"parameter {name!r} has no shape yet; {remedy}")
         self.model, self.consume, self.fisher = model, consume, fisher
         self.likelihood, self.samples, self.generator = likelihood, samples, generator
         self.output, self.class_dim = output, class_dim
@@ -444,12 +434,11 @@ class Capture:
         self.seen: dict[str, Any] = {}
         self.clear()
         self._axes: dict[int, int] = {}  # of the classes, by number of dimensions
-        chosen = {id(p) for p in (model.parameters() if parameters is None else parameters)}
-        needed = {id(p) for p in model.parameters() if p.requires_grad and id(p) in chosen}
+        chosen = set(map(id, model.parameters() if parameters is None else parameters))
+        needed = {id(p) for p in model.parameters() if p.requires_grad} & chosen
         self.layers, self._sites = find_layers(model, needed)
-        covered = {id(p) for layer in self.layers for p in layer.parameters}
-        named = model.named_parameters()
-        self.rest = [(n, p) for n, p in named if id(p) in needed - covered]
+        missed = needed - {id(p) for layer in self.layers for p in layer.parameters}
+        self.rest = [(n, p) for n, p in model.named_parameters() if id(p) in missed]
         self._attach()
 
     def clear(self) -> None:
@@ -457,21 +446,23 @@ class Capture:
         self.seen = {"examples": 0, "rows": 0, "weight": 0.0, "largest": 0.0}
 
     def _attach(self) -> None:
-        """Put the hooks in place. The model's own come last: it may be a layer itself."""
+        """Put the hooks in place; the model's own last: it may be a layer itself."""
         self._stack: list[_Pass | None] = []
         self._linear: list[Any] = []
         self._handles: list[Any] = []
+
+        def around(module: nn.Module, before: _Hook, after: _Hook) -> None:
+            self._handles.append(module.register_forward_pre_hook(before))
+            self._handles.append(module.register_forward_hook(after, always_call=True))
+
         for module, sites in self._sites:
             if isinstance(module, nn.MultiheadAttention):
-                before, after = _Hook(self, "_attend", sites), _Hook(self, "_attended")
-                self._handles.append(module.register_forward_pre_hook(before))
-                self._handles.append(module.register_forward_hook(after, always_call=True))
+                around(module, _Hook(self, "_attend", sites), _Hook(self, "_attended"))
             else:
-                hook = _Hook(self, "_called", sites)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        model, enter, leave = self.model, _Hook(self, "_enter"), _Hook(self, "_leave")
-        self._handles.append(model.register_forward_pre_hook(enter))
-        self._handles.append(model.register_forward_hook(leave, always_call=True))
+                called = _Hook(self, "_called", sites)
+                hook = module.register_forward_hook(called, with_kwargs=True)
+                self._handles.append(hook)
+        around(self.model, _Hook(self, "_enter"), _Hook(self, "_leave"))
 
     def detach(self) -> None:
         """Remove every hook; to do so twice does no harm."""
@@ -494,23 +485,22 @@ class Capture:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module is not self.model:
-            raise RuntimeError(
-                "a replica of the model was called; use DistributedDataParallel, not "
-                "nn.DataParallel"
-            )
+            remedy = "use DistributedDataParallel, not nn.DataParallel"
+            raise RuntimeError(f"a replica of the model was called; {remedy}")
         wrapper = DistributedDataParallel._get_active_ddp_module()
-        self.process_group = self.process_group or getattr(wrapper, "process_group", None)
+        if self.process_group is None:
+            self.process_group = getattr(wrapper, "process_group", None)
         outer = self._stack[-1] if self._stack else None
-        plain = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+        functional = torch._C._are_functorch_transforms_active()
+        plain = torch.is_grad_enabled() and not functional
         if plain and outer is None and self.entered is not None:
             self.entered()
         self._stack.append(outer or (_Pass(self) if plain else None))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         at = self._stack.pop() if self._stack else None
-        if at is None or at in self._stack or output is None:
-            return None
-        if self.recording and not at.uses:
+        idle = at is None or at in self._stack or self.recording and not at.uses
+        if idle or output is None:
             return None
         value = self._likelihood_of(output)
         if value is None:
@@ -523,13 +513,16 @@ class Capture:
         root = _Root(at, value)
         if value.ndim not in self._axes:  # the loss may have been computed in the model
             value.register_hook(_Late(at, root.output))
-        mapped = _mapped(
-            output, lambda y: _RootTap.apply(y, root, y is value) if y.requires_grad else y
-        )
+
+        def watched(y: Tensor) -> Tensor:
+            return _RootTap.apply(y, root, y is value) if y.requires_grad else y
+
+        mapped = _mapped(output, watched)
         if mapped is output:
             raise ValueError(
-                f"the model returned a {type(output).__name__} without a tensor that can be "
-                "watched; return a tensor, or a tuple, list, mapping or dataclass of tensors"
+                f"the model returned a {type(output).__name__} without a tensor that "
+                "can be watched; return a tensor, or a tuple, list, mapping or "
+                "dataclass of tensors"
             )
         return mapped
 
@@ -544,26 +537,25 @@ class Capture:
         else:
             inside = output.values() if isinstance(output, Mapping) else output
             inside = list(inside) if isinstance(inside, Iterable) else [output]
-            alive = [x for x in inside if isinstance(x, Tensor) and x.requires_grad and x.ndim]
+            tensors = [x for x in inside if isinstance(x, Tensor) and x.ndim]
+            alive = [x for x in tensors if x.requires_grad]
             value = alive[0] if len(alive) == 1 else None
         choice = self.likelihood == "categorical" and self.fisher in ("mc", "type-2")
-        if not isinstance(value, Tensor) or value.ndim < (2 if choice else 1):
-            given = tuple(value.shape) if isinstance(value, Tensor) else type(output).__name__
+        found = isinstance(value, Tensor)
+        given = tuple(value.shape) if found else type(output).__name__
+        if not found or value.ndim < (2 if choice else 1):
             raise ValueError(
                 f"the model returned {given}, and which tensor of shape (N, …) in it "
-                f"likelihood={self.likelihood!r} speaks of is not evident; pass output=, a "
-                "function from what the model returns to that tensor"
+                f"likelihood={self.likelihood!r} speaks of is not evident; pass "
+                "output=, a function from what the model returns to that tensor"
             )
         if choice and value[0].numel() == 1:
-            raise ValueError(
-                f"the model returned {tuple(value.shape)}, one class, so "
-                "likelihood='categorical' has no curvature; pass likelihood='gaussian' or "
-                "'bernoulli'"
-            )
+            told = f"the model returned {given}, one class, which has no curvature"
+            raise ValueError(f"{told}; pass likelihood='gaussian' or 'bernoulli'")
         return value if value.requires_grad and value.numel() else None
 
     def examine(self, f: Tensor, g: Tensor | None) -> None:
-        """Hold the likelihood against the gradient ``g`` of the user's loss by ``f``."""
+        """Hold the likelihood against ``g``, the gradient of the user's loss by ``f``."""
         loose = self.fisher == "empirical" and f.ndim < 3
         if g is None or loose or callable(self.likelihood):
             return
@@ -593,11 +585,11 @@ class Capture:
         return self._axes.get(f.ndim, last)
 
     def cotangents(self, f: Tensor) -> Iterator[Tensor]:
-        """Gradients by the output, whose outer products sum to each example's curvature.
+        """Gradients by the output; their outer products sum to an example's curvature.
 
-        Under ``"mc"`` targets are drawn from the model's own output, and each gradient is
-        divided by the root of their number. Under ``"type-2"`` there is one for each number
-        of an example's output, and the sum is exact.
+        Under ``"mc"`` targets are drawn from the model's own output, and each gradient
+        is divided by the root of their number. Under ``"type-2"`` there is one for each
+        number of an example's output, and the sum is exact.
         """
         dtype, f = f.dtype, f.to(wide(f.dtype))
         if callable(self.likelihood):
@@ -623,18 +615,21 @@ class Capture:
                 v[:, place] = kind.root(z[:, place], c)
                 yield shaped(v)
 
+    def _current(self) -> _Pass | None:
+        return self._stack[-1] if self._stack and self.recording else None
+
     def _called(
         self, sites: list[Site], module: nn.Module, args: Any, kwargs: Any, y: Tensor
     ) -> Tensor | None:
-        at = self._stack[-1] if self._stack and self.recording else None
+        at = self._current()
         if at is None or not y.requires_grad:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        return _Tap.apply(y, at.anchor(y.device), _Use(at, module, sites, x))
+        return _Use(at, module, sites, x).tap(y)
 
     def _attend(self, sites: list[Site], module: nn.Module, args: Any) -> None:
-        """Watch ``F.linear`` while attention runs: it calls its projections as functions."""
-        at, linear = self._stack[-1] if self._stack and self.recording else None, F.linear
+        """Watch ``F.linear`` while attention runs: it calls its projections so."""
+        at, linear = self._current(), F.linear
 
         def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             y = linear(x, weight, bias)
@@ -650,8 +645,9 @@ class Capture:
                         mine.append(site._replace(channels=slice(None), features=there))
             if at is None or not mine or not y.requires_grad:
                 return y
-            use = _Use(at, module, mine, x, time_first=True)
-            return _Tap.apply(y, at.anchor(y.device), use)
+            use = _Use(at, module, mine, x)
+            use.time_first = True
+            return use.tap(y)
 
         self._linear.append(linear)
         F.linear = watched if at is not None else linear
@@ -664,7 +660,8 @@ class Capture:
 class _Late:
     """Examines the gradient by an output that no tap stands behind, where it comes by.
 
-    Such is the output of a model that computes its own loss. It holds no part of the graph.
+    Such is the output of a model that computes its own loss. It holds no part of the
+    graph.
     """
 
     def __init__(self, at: _Pass, output: Tensor) -> None:
@@ -673,15 +670,17 @@ class _Late:
     @torch.no_grad()
     def __call__(self, g: Tensor) -> None:
         capture, output = self.at.capture, self.output
-        if self.output is not None and capture.model not in _SAMPLING:
-            self.output = None
-            if output.ndim not in capture._axes:
-                used = capture._axis(output)
-                capture.examine(output, g)
-                if (axis := capture._axes.get(output.ndim, used)) != used:
-                    del capture._axes[output.ndim]
-                    raise ValueError(
-                        f"the classes lie on axis {axis} of the outputs of shape "
-                        f"{tuple(output.shape)}, which shows too late where the model "
-                        f"computes its own loss; pass class_dim={axis}"
-                    )
+        if output is None or capture.model in _SAMPLING:
+            return
+        self.output = None
+        if output.ndim in capture._axes:
+            return
+        used = capture._axis(output)
+        capture.examine(output, g)
+        if (axis := capture._axes.get(output.ndim, used)) != used:
+            del capture._axes[output.ndim]
+            raise ValueError(
+                f"the classes lie on axis {axis} of the outputs of shape "
+                f"{tuple(output.shape)}, which shows too late where the model computes "
+                f"its own loss; pass class_dim={axis}"
+            )

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head fff9b738
+# %% head 94a3f2e6
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -10,6 +10,8 @@ __all__ = [
     "RANGES",
     "TRANSIENT",
     "Engine",
+    "Grads",
+    "Group",
     "Nonfinite",
     "Optimizer",
     "Options",
@@ -21,13 +23,14 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-optimizer 1 c5b74827
+# %% 23_machinery sec-optimizer 1 9da8ddf3
 import difflib
 import functools
 import inspect
+import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
@@ -35,10 +38,12 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from guided_descent.engines import ENGINES, Job, Names, plain
+from guided_descent.engines import ENGINES, Job, Names, Work, plain
 
-
-# %% 23_machinery sec-optimizer 2 79fd7013
+#: A parameter group.
+Group = dict[str, Any]
+#: Parameters, each with what its rule takes for its gradient.
+Grads = dict[Tensor, Tensor]
 #: How a rule is run; see ``Options``.
 Engine = Literal["auto", "loop", "foreach", "fused", "compile"]
 #: What to do about a gradient that is not finite; see ``Options``.
@@ -51,21 +56,19 @@ class Options(TypedDict, total=False):
     Attributes:
         maximize: Climb instead of descend. Default ``False``.
         engine: What runs the rule. ``"loop"``: one tensor after another. ``"foreach"``:
-            lists of tensors through ``torch._foreach_*``, with matrices of one shape
-            stacked where a rule works on them as matrices. ``"fused"``: torch's own
-            kernel, where it has one for exactly this rule. ``"compile"``: one graph over
-            all tensors, compiled at the first step; a change of ``lr`` does not compile
-            again, a change of another hyperparameter does. ``"auto"`` (the default): the
-            fastest that is valid for the parameters, gradients and state at hand; it
-            never compiles.
-        nonfinite: What to do about a gradient with an infinity or a NaN in it (one whose
-            sum overflows counts). ``"propagate"`` (the default): nothing, as torch does.
-            ``"skip"``: leave parameters, state and step count as they are, decided on the
-            device without a host synchronisation and counted in ``skipped_steps``.
-            ``"raise"``: a ``FloatingPointError`` before anything changes; this reads one
-            number back to the host.
-        state_dtype: Data type of the state. ``None`` (the default) means the parameter's,
-            as in torch.
+            lists of tensors through ``torch._foreach_*``, matrices of one shape
+            stacked. ``"fused"``: torch's kernel, where it has one for exactly this
+            rule. ``"compile"``: one graph over all tensors; another ``lr`` does not
+            compile again, another value of any other hyperparameter does. ``"auto"``
+            (the default): the fastest that is valid for the tensors at hand, never
+            compiled.
+        nonfinite: What to do about a gradient with an infinity or a NaN in it (one
+            whose sum overflows counts). ``"propagate"`` (the default): nothing, as
+            torch does. ``"skip"``: leave everything as it is, decided on the device
+            without a host synchronisation and counted in ``skipped_steps``.
+            ``"raise"``: a ``FloatingPointError`` before anything changes; it reads one
+            number back.
+        state_dtype: Data type of the state. Default ``None``: the parameter's.
     """
 
     maximize: bool
@@ -92,17 +95,15 @@ RANGES: dict[str, str | tuple[str, ...]] = {
 }
 
 
-# %% 23_machinery sec-ranges 2 bd0db93f
+# %% 23_machinery sec-ranges 2 ae1d739c
 def check_range(name: str, value: Any, interval: str | tuple[str, ...]) -> None:
     """Refuse a number outside an interval.
 
     Args:
         name: The argument's name, for the message.
-        value: A number, or a tensor with exactly one element; for a tuple of
-            intervals a tuple or list of as many.
-        interval: Such as ``"[0, 1)"``: a square bracket includes the bound, a
-            round one excludes it. ``"[1, inf) int"`` asks for an integer, and
-            ``"[1, inf) int | None"`` allows ``None`` too.
+        value: A number, or a one-element tensor; for a tuple of intervals as many.
+        interval: Such as ``"[0, 1)"``: a square bracket includes the bound, a round one
+            excludes it. ``"[1, inf) int | None"`` asks for an integer, or ``None``.
 
     Raises:
         TypeError: ``value`` is not a number, or not an integer.
@@ -120,9 +121,8 @@ def check_range(name: str, value: Any, interval: str | tuple[str, ...]) -> None:
     span, _, none = interval.partition(" | ")
     if none and value is None:
         return
-    kind, noun = Real | Tensor, "a number"
-    if span.endswith(" int"):
-        span, kind, noun = span.removesuffix(" int"), Integral, "an integer"
+    span, integer, _ = span.partition(" int")
+    kind, noun = (Integral, "an integer") if integer else (Real | Tensor, "a number")
     remedy = f"pass {noun} in {span}{' or None' if none else ''}"
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; {remedy}")
@@ -133,21 +133,18 @@ def check_range(name: str, value: Any, interval: str | tuple[str, ...]) -> None:
     above = low <= value if span[0] == "[" else low < value
     below = value <= high if span[-1] == "]" else value < high
     if not (above and below):
-        shown = value if kind is Integral else float(value)
+        shown = value if integer else float(value)
         raise ValueError(f"{name}={shown} is outside its range; {remedy}")
 
 
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Refuse a value that is not one of the choices.
-
-    Raises:
-        ValueError: It is none of them; the message lists them.
-    """
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Refuse a value that is none of the choices; the ``ValueError`` lists them."""
     if not any(value is choice or value == choice for choice in choices):
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}")
+        options = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}={value!r} is unknown; use one of {options}")
 
 
-# %% 23_machinery sec-matrixwise 3 9d8e9451
+# %% 23_machinery sec-turns 1 9d8e9451
 def share(costs: list[float], bins: int) -> list[int]:
     """Divide jobs over bins: the largest first, each to the emptiest; ties by number.
 
@@ -169,7 +166,7 @@ def share(costs: list[float], bins: int) -> list[int]:
     return where
 
 
-# %% 23_machinery sec-base-class 1 28ee6430
+# %% 23_machinery sec-base-class 1 2f1176a5
 class _Plan(NamedTuple):
     """How a parameter meets its rule, until something changes."""
 
@@ -181,31 +178,30 @@ class _Plan(NamedTuple):
     odd: str  # why torch's fused kernels cannot take it, or nothing
 
 
-# %% 23_machinery sec-base-class 2 de57452c
 class Optimizer(torch.optim.Optimizer):
-    """The base of every optimizer here: it runs a subclass's ``rule`` over all parameters.
+    """The base of every optimizer: it runs a subclass's ``rule`` over all parameters.
 
-    A subclass has an ``__init__`` that passes its defaults on, a static
-    ``rule(p, g, s, h)`` that changes the parameter ``p`` and its state ``s`` in place from
-    the gradient ``g`` and what the group shares, ``h``; and, where it needs them,
-    ``init_state``, ``clocks`` with ``clock``, ``fused``, ``elementwise``, ``matrices``,
-    ``every`` with ``refresh``, ``directions`` and ``ranges``.
+    A subclass has an ``__init__`` that passes its defaults on, a static ``rule(p, g, s,
+    h)`` that changes the parameter ``p`` and its state ``s`` in place from the gradient
+    ``g`` and what the group shares, ``h``; and, where it needs them, ``init_state``,
+    ``clocks`` with ``clock``, ``fused``, ``elementwise``, ``matrices``, ``every`` with
+    ``refresh``, ``directions`` and ``ranges``.
 
-    A group may carry ``algorithm``, the name of an optimizer of the package: its rule then
-    steps the group, with its own defaults. ``use_muon``, ``use_fallback`` and ``kind``, as
-    other libraries say it, are understood too.
+    A group may carry ``algorithm``, the name of an optimizer of the package: its rule
+    then steps the group, with its own defaults. ``use_muon``, ``use_fallback`` and
+    ``kind``, as other libraries say it, are understood too.
 
     Args:
         params: Tensors, named tensors, or groups of them, as in ``torch.optim``.
-        defaults: The method's hyperparameters. Those named in ``RANGES`` are validated, in
-            every group.
+        defaults: The method's hyperparameters. Those named in ``RANGES`` are validated,
+            in every group.
         **options: See ``Options``.
 
     Raises:
         TypeError: A hyperparameter of the wrong type; one of torch's keywords that
             ``engine=`` replaces; a module in place of its parameters.
-        ValueError: A hyperparameter outside its range; an unknown ``engine``, ``nonfinite``
-            or ``algorithm``; a vector where the rule takes matrices.
+        ValueError: A hyperparameter outside its range; an unknown ``engine``,
+            ``nonfinite`` or ``algorithm``; a vector where the rule takes matrices.
 
     Source: appendix "The machinery".
     """
@@ -220,12 +216,13 @@ class Optimizer(torch.optim.Optimizer):
     matrices = False
     #: Whether a rule for matrices also takes vectors and numbers, as columns.
     vectors = False
-    #: The hyperparameter that says in how many steps ``refresh`` comes round to a matrix.
+    #: The hyperparameter that says in how many steps ``refresh`` comes round to a
+    #: matrix.
     every: str | None = None
     #: State that belongs to one matrix, of any shape, in single precision at least.
     precise: tuple[str, ...] = ()
-    #: State that is one number, shared by tensors with the same history. The rule finds its
-    #: value in ``h``.
+    #: State that is one number, shared by tensors with the same history. The rule finds
+    #: its value in ``h``.
     clocks: tuple[str, ...] = ()
     #: Ranges of hyperparameters that only this method has, or has in another form.
     ranges: dict[str, str | tuple[str, ...]] = {}
@@ -233,30 +230,27 @@ class Optimizer(torch.optim.Optimizer):
     engines: tuple[str, ...] = ("auto", "loop", "foreach", "fused", "compile")
     #: Whether ``step`` needs a closure.
     needs_closure = False
-    #: Whether the method differentiates the loss itself: its closure then returns the loss
-    #: and calls no ``backward``.
+    #: Whether the method differentiates the loss itself: its closure then returns the
+    #: loss and calls no ``backward``.
     differentiates = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Optimizer":
-        """Refuse torch's keywords that have another name here, whatever the signature."""
+        """Refuse torch's keywords that have another name here."""
         for word in ("foreach", "fused", "capturable", "differentiable"):
             if word in kwargs:
-                raise TypeError(
-                    f"{cls.__name__} has no {word}={kwargs[word]!r}; "
-                    "choose with engine=, see Options"
-                )
+                told = f"{cls.__name__} has no {word}={kwargs[word]!r}"
+                raise TypeError(f"{told}; choose with engine=, see Options")
         return super().__new__(cls)
 
-    # %% 23_machinery sec-base-class 3 f9b6e26e
+    # %% 23_machinery sec-base-class 2 5ffc52fd
     def __init__(
         self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]
     ) -> None:
         kind = type(self).__name__
         if unknown := options.keys() - OPTIONS:
-            known = [*inspect.signature(type(self)).parameters][1:-1]
-            raise TypeError(
-                f"{kind} has no {min(unknown)}=; use one of {', '.join([*known, *OPTIONS])}"
-            )
+            own = [*inspect.signature(type(self)).parameters][1:-1]
+            names = ", ".join([*own, *OPTIONS])
+            raise TypeError(f"{kind} has no {min(unknown)}=; use one of {names}")
         if isinstance(params, torch.nn.Module):
             raise TypeError(f"{kind} got a module; pass model.parameters()")
         self.skipped: Tensor | None = None
@@ -265,11 +259,10 @@ class Optimizer(torch.optim.Optimizer):
 
 
     def init_state(self, p: Tensor, g: Tensor, h: Names) -> dict[str, Tensor]:
-        """What the rule remembers of one tensor before its first step, by name.
+        """What the rule remembers of a tensor before its first step, by name.
 
-        Nothing, unless a subclass says so. Shapes must not depend on values: they are
-        also asked for on the meta device. Which names there are may depend on whether a
-        hyperparameter is zero or not.
+        Shapes must not depend on values: they are also asked for on the meta device. Names
+        may depend on whether a hyperparameter is zero.
         """
         return {}
 
@@ -284,9 +277,7 @@ class Optimizer(torch.optim.Optimizer):
         """Renew state that is expensive to renew, after ``rule``, of matrices in turn."""
 
 
-    def directions(
-        self, work: list[tuple[dict[str, Any], list[Tensor]]], finite: Tensor | None
-    ) -> dict[Tensor, Tensor]:
+    def directions(self, work: Any, finite: Tensor | None) -> Grads:
         """What the rule takes in place of a parameter's gradient; by default nothing.
 
         Called once in every step, after all refusals, also in one that is skipped.
@@ -301,20 +292,17 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps ``nonfinite="skip"`` has skipped, in this process.
-
-        Reading it waits for the device.
-        """
+        """How many steps ``"skip"`` has skipped, in this process; reading it waits."""
         return 0 if self.skipped is None else int(self.skipped)
 
-    # %% 23_machinery sec-base-class 4 06eacf65
+    # %% 23_machinery sec-base-class 3 2474de85
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
-            closure: Clears the gradients, computes the loss, calls ``backward`` and returns the
-                loss. Optional.
+            closure: Clears the gradients, computes the loss, calls ``backward`` and returns
+                the loss. Optional.
 
         Returns:
             What the closure returned, else ``None``.
@@ -325,14 +313,10 @@ class Optimizer(torch.optim.Optimizer):
             FloatingPointError: A gradient that is not finite, under ``nonfinite="raise"``.
                 Nothing has changed then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        work = [
-            (group, [p for p in group["params"] if p.grad is not None])
-            for group in self.param_groups
-        ]
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        groups = self.param_groups
+        work = [(x, [p for p in x["params"] if p.grad is not None]) for x in groups]
         engines = [self._engine(group, params) for group, params in work]
         finite = self._finite(work)
         directions = self.directions(work, finite)
@@ -340,123 +324,98 @@ class Optimizer(torch.optim.Optimizer):
         for (group, params), engine in zip(work, engines, strict=True):
             skips = group["nonfinite"] == "skip"
             if go is not False or not skips:
+                grads = {p: directions.get(p, p.grad) for p in params}
                 keep = finite if skips and go is None else None
-                self._advance(group, params, engine, directions, keep)
+                self._advance(group, engine, grads, keep)
         return loss
 
-    # %% 23_machinery sec-base-class 5 3ba8da02
-    def _engine(self, group: dict[str, Any], params: list[Tensor]) -> str:
+    # %% 23_machinery sec-base-class 4 4091709f
+    def _engine(self, group: Group, params: list[Tensor]) -> str:
         """The engine a group runs on, after refusing what it cannot do."""
-        method, odd = self._method(group), ""
-        settings = _settings(group)
-        for p in params:
-            g, state, plan = p.grad, self.state.get(p, {}), self._plans.get(p)
-            if g.layout is not torch.strided:
-                raise ValueError(
-                    f"{type(self).__name__} got a gradient with layout {g.layout} for a "
-                    f"parameter of shape {tuple(p.shape)}; use a dense gradient "
-                    "(nn.Embedding: sparse=False)"
-                )
-            seen = (p.shape, p.stride(), p.dtype, p.device, g.stride(), g.dtype, settings)
-            if not (
-                plan
-                and plan.begun
-                and plan.seen == seen
-                and all(map(operator.is_, map(state.get, plan.names), plan.state))
-            ):
-                plan = self._plan(method, p, group, seen)
-            odd = odd or plan.odd
-        name = group["engine"]
+        method, name, settings = self._method(group), group["engine"], _settings(group)
         check_choice("engine", name, method.engines)
+        odd = [plan.odd for p in params if (plan := self._plan(p, group, settings)).odd]
         if name not in ("auto", "fused"):
             return name
-        why = odd if method.fused else "torch has no kernel for this rule"
-        if name == "fused" and why:
-            kind = type(method).__name__
-            raise ValueError(
-                f"engine='fused' is not valid for {kind}: {why}; use engine='auto'"
-            )
-        lists = params and all(p.is_cuda for p in params)
-        return "foreach" if why and lists else "loop" if why else "fused"
+        why = "".join(odd[:1]) if method.fused else "torch has no kernel for this rule"
+        if not why:
+            return "fused"
+        if name == "fused":
+            said = f"engine='fused' is not valid for {type(method).__name__}: {why}"
+            raise ValueError(f"{said}; use engine='auto'")
+        return "foreach" if params and all(p.is_cuda for p in params) else "loop"
 
 
-    def _plan(
-        self, method: "Optimizer", p: Tensor, group: dict[str, Any], seen: tuple[Any, ...]
-    ) -> _Plan:
-        kind, state = type(method).__name__, self.state.get(p, {})
-        sharded, whole = hasattr(p, "placements"), not method.elementwise or method.matrices
+    def _plan(self, p: Tensor, group: Group, settings: list[Any]) -> _Plan:
+        """How a parameter meets its rule: as before, where nothing has changed."""
+        method, g, state = self._method(group), p.grad, self.state.get(p, {})
+        plan, seen = self._plans.get(p), (_looks(p), _looks(g), settings)
+        if plan and plan.begun and plan.seen == seen:
+            if all(map(operator.is_, map(state.get, plan.names), plan.state)):
+                return plan
+        kind, sharded = type(method).__name__, hasattr(p, "placements")
+        whole = method.matrices or not method.elementwise
         partial = sharded and any(x.is_partial() for x in p.placements)
+        apart, engine = "it is sharded over processes (DTensor)", group["engine"]
         why = self.misfit(p, state, group)
-        if p.grad.shape != p.shape:
-            why = (
-                f"it has a gradient of shape {tuple(p.grad.shape)}; clear that with zero_grad() "
-                "and call backward again"
-            )
+        if g.layout is not torch.strided:
+            given = f"its gradient has layout {g.layout}"
+            why = f"{given}; use a dense gradient (nn.Embedding: sparse=False)"
+        elif g.shape != p.shape:
+            given = f"it has a gradient of shape {tuple(g.shape)}"
+            why = f"{given}; clear that with zero_grad() and call backward again"
         elif p.is_complex() and whole:
-            why = f"it is complex, and {kind} works on reals: pass torch.view_as_real of it"
+            why = f"it is complex, and {kind} is for reals: pass torch.view_as_real of it"
         elif partial or sharded and method.matrices:
-            why = (
-                f"it is sharded over processes (DTensor), and {kind} needs all of it; use an "
-                "elementwise method such as AdamW for it"
-            )
-        elif sharded and whole and group["engine"] not in ("auto", "loop"):
-            why = (
-                f"it is sharded over processes (DTensor), where {kind} has no "
-                f"engine={group['engine']!r}; use engine='auto'"
-            )
+            why = f"{apart}, and {kind} needs all of it; use AdamW for it"
+        elif sharded and whole and engine not in ("auto", "loop"):
+            why = f"{apart}, where {kind} has no engine={engine!r}; use engine='auto'"
         if why:
-            shape = tuple(p.shape)
-            raise ValueError(f"{kind} cannot step {self._label(p, group)}, {shape}: {why}")
+            raise ValueError(f"{kind} cannot step {self._label(p, group)}: {why}")
         wanted = method._initial(_meta(p), _meta(p), _shared(group))
         names = tuple(name for name in wanted if name not in method.clocks)
-        begun = all(name in state for name in wanted)
-        if begun:
-            for name in names:
-                x, like = state[name], wanted[name]
-                # a model moved to channels_last keeps its numbers, in another order
-                moved = x.device != p.device or x.stride() != like.stride()
-                if moved and x.shape == p.shape and not sharded:
-                    state[name] = torch.empty_like(p, dtype=x.dtype).copy_(x)
-        dtypes = tuple((state if begun else wanted)[name].dtype for name in names)
-        view = None
-        if sharded and whole:  # DTensor cannot update a dimension of length one in place
-            view = _whole if any(p.shape[x.dim] == 1 for x in p.placements if x.is_shard()) else None
-        elif sharded or p.is_complex():
-            view = plain
+        begun = wanted.keys() <= state.keys()
+        for name in names if begun and not sharded else ():
+            x, like = state[name], wanted[name]
+            # a model moved to channels_last keeps its numbers, in another order
+            moved = x.device != p.device or x.stride() != like.stride()
+            if moved and x.shape == p.shape:
+                state[name] = torch.empty_like(p, dtype=x.dtype).copy_(x)
+        view = plain if sharded or p.is_complex() else None
+        if sharded and whole:
+            # DTensor cannot update a dimension of length one in place
+            thin = any(p.shape[x.dim] == 1 for x in p.placements if x.is_shard())
+            view = _whole if thin else None
+        kept = [(state if begun else wanted)[name] for name in names]
+        dtypes = tuple(x.dtype for x in kept)
         key = (p.device, p.dtype, view, names, dtypes)
-        odd = _unfusable(p, set(dtypes))
-        kept = [state[name] for name in names] if begun else []
-        self._plans[p] = plan = _Plan(seen, kept, names, begun, key, odd)
+        plan = _Plan(seen, kept, names, begun, key, _unfusable(p, set(dtypes)))
+        self._plans[p] = plan
         return plan
 
 
-    def misfit(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str:
+    def misfit(self, p: Tensor, state: dict[str, Any], group: Group) -> str:
         """Why a state does not fit its parameter, with the remedy; or nothing."""
-        method = self._method(group)
+        method, anew = self._method(group), "or delete optimizer.state[p] to begin anew"
         wanted = method._initial(_meta(p), _meta(p), _shared(group))
-        if not any(name in state for name in wanted):  # not begun
-            return ""
-        for name, like in wanted.items():
+        for name, like in wanted.items() if wanted.keys() & state.keys() else ():
             if name not in state:
-                return (
-                    f"it has no state {name!r}, which the hyperparameters of its group ask for; "
-                    "set them before its first step, or delete optimizer.state[p] to begin anew"
-                )
+                why = f"no state {name!r}, which the hyperparameters of its group ask for"
+                return f"it has {why}; set them before its first step, {anew}"
             shape = torch.as_tensor(state[name]).shape
-            if shape != like.shape and (name not in method.clocks or shape.numel() != 1):
-                return (
-                    f"its state {name!r} has shape {tuple(shape)}, which has to be "
-                    f"{tuple(like.shape)}; load a checkpoint of this model, or delete "
-                    "optimizer.state[p] to begin anew"
-                )
+            single = name in method.clocks and shape.numel() == 1
+            if shape != like.shape and not single:
+                why = f"has shape {tuple(shape)}, which has to be {tuple(like.shape)}"
+                return f"its state {name!r} {why}; load a checkpoint of this model, {anew}"
         return ""
 
-    # %% 23_machinery sec-base-class 6 cd3a19c6
-    def examined(self, work: Any) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-        """What has to be finite, with its group and what an error calls it: each gradient."""
+    # %% 23_machinery sec-base-class 5 8306dd8e
+    def examined(self, work: Any) -> Iterator[tuple[Group, str, Tensor]]:
+        """What has to be finite, with its group and its name in an error."""
         for group, params in work:
             for p in params:
-                yield group, f"the gradient of a parameter of shape {tuple(p.shape)}", p.grad
+                what = f"the gradient of a parameter of shape {tuple(p.shape)}"
+                yield group, what, p.grad
 
 
     def _finite(self, work: Any) -> Tensor | None:
@@ -465,42 +424,75 @@ class Optimizer(torch.optim.Optimizer):
             return None
         flags: dict[str, list[tuple[str, Tensor]]] = {"raise": [], "skip": []}
         for group, what, x in self.examined(work):
-            if group["nonfinite"] != "propagate":
+            if group["nonfinite"] in flags:
                 x = plain(x)
-                flag = x.sum(dtype=wide(x.dtype)).isfinite()
-                flags[group["nonfinite"]].append((what, flag))
+                fine = x.sum(dtype=wide(x.dtype)).isfinite()
+                flags[group["nonfinite"]].append((what, fine))
         shards = [p for _, params in work for p in params if hasattr(p, "placements")]
-        meshes = list(dict.fromkeys(p.device_mesh for p in shards))
-        fine = _agreed([flag for _, flag in flags["raise"]], meshes)
-        if fine is not None and not fine:
-            bad = [what for what, flag in flags["raise"] if not flag]
+        meshes = {p.device_mesh: None for p in shards}
+        strict, finite = (_agreed([x for _, x in of], meshes) for of in flags.values())
+        if strict is not None and not strict:
+            bad = [what for what, fine in flags["raise"] if not fine]
+            what = bad[0] if bad else "a gradient of another process"
             raise FloatingPointError(
-                f"{(bad or ['a gradient of another process'])[0]} is not finite and "
-                "nonfinite='raise'; lower the learning rate, clip gradients, or use "
-                "nonfinite='skip'"
+                f"{what} is not finite and nonfinite='raise'; lower the learning rate, "
+                "clip gradients, or use nonfinite='skip'"
             )
-        finite = _agreed([flag for _, flag in flags["skip"]], meshes)
         if finite is not None:
             before = 0 if self.skipped is None else self.skipped.to(finite.device)
             self.skipped = before + (~finite).long()
         return finite
 
-    # %% 23_machinery sec-base-class 8 a765ec0b
+    # %% 23_machinery sec-base-class 7 f90ea079
     def _advance(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        engine: str,
-        directions: dict[Tensor, Tensor],
-        finite: Tensor | None,
+        self, group: Group, engine: str, grads: Grads, finite: Tensor | None
     ) -> None:
-        """One step of a group: call by call, its rule, and the refreshes whose turn it is."""
+        """One step of a group, call by call: the rule, and refreshes whose turn it is."""
+        method, due = self._method(group), self._due(group)
+        for (key, *_), some in self._calls(group, grads, finite).items():
+            device, dtype, view, names, dtypes = key
+            h, state = _shared(group), [self.state.get(p, {}) for p in some]
+            keep = None if finite is None else finite.to(device)
+            before = {name: state[0][name] for name in method.clocks}
+            for name, x in before.items():  # on the host, reading it waits for nobody
+                ahead = engine == "fused" or keep is not None
+                setattr(h, name, x.to(device, _widest(device)) if ahead else x.item())
+            if "step" in before:
+                h.step = h.step + 1
+            method.clock(h)
+            now = {n: _clock_tensor(getattr(h, n), x, keep) for n, x in before.items()}
+            lists = {name: [s[name] for s in state] for name in names}
+            given = work = Work(some, [grads[p] for p in some], lists)
+            copies: Iterable[tuple[Tensor, Tensor]] = []
+            if view:
+                work = given.each(lambda xs, view=view: [view(x) for x in xs])
+            if view is _whole:
+                copies = zip(given.changing, work.changing, strict=True)
+            if method.matrices:
+                units, work, copies = _matrices(method, work, group)
+            job = Job(method, method.rule, h, keep, _common(dtype, dtypes))
+            ENGINES[engine](job, work)
+            if turn := [i for i, unit in enumerate(units) if unit in due] if due else []:
+                again = job._replace(rule=lambda p, g, s, h: method.refresh(s, h))
+                chosen = work.each(lambda xs, turn=turn: [xs[i] for i in turn])
+                ENGINES["foreach" if engine == "foreach" else "loop"](again, chosen)
+            for x, copy in copies:
+                x.copy_(_placed(copy, x, x.dtype) if view else copy.view(x.shape))
+            for s in state:
+                s.update(now)
+
+
+    def _calls(
+        self, group: Group, grads: Grads, finite: Tensor | None
+    ) -> dict[Any, list[Tensor]]:
+        """Parameters by what those in one call have in common; all have a state."""
         method, fresh = self._method(group), {}
-        calls: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for p in params if not method.matrices else [p for p in params if p.numel()]:
+        calls: dict[Any, list[Tensor]] = defaultdict(list)
+        for p, g in grads.items():
             plan = self._plans[p]
+            if method.matrices and not p.numel():
+                continue
             if not plan.begun:
-                g = directions.get(p, p.grad)
                 g = -g if group["maximize"] else g
                 if finite is not None and not hasattr(p, "placements"):
                     g = torch.where(finite.to(p.device), g, 0)
@@ -509,54 +501,22 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[p].update(state | fresh)  # who begins together shares clocks
             history = [id(self.state[p][name]) for name in method.clocks]
             calls[(plan.key, *history)].append(p)
-        due = self._due(method, group)
-        for ((device, dtype, view, names, dtypes), *_), some in calls.items():
-            h = _shared(group)
-            keep = None if finite is None else finite.to(device)
-            before = self.state[some[0]] if method.clocks else {}
-            for name in method.clocks:  # on the host, reading it waits for nobody
-                value, ahead = before[name], engine == "fused" or keep is not None
-                setattr(h, name, value.to(device, _widest(device)) if ahead else value.item())
-            if "step" in method.clocks:
-                h.step = h.step + 1
-            method.clock(h)
-            now = {n: _clock_tensor(getattr(h, n), before[n], keep) for n in method.clocks}
-            p, g = some, [directions.get(p, p.grad) for p in some]
-            s = {name: [self.state[p][name] for p in some] for name in names}
-            units, copies = range(len(p)), []
-            if view:
-                given = [*p, *(x for values in s.values() for x in values)]
-                p, g = [view(x) for x in p], [view(x) for x in g]
-                s = {name: [view(x) for x in values] for name, values in s.items()}
-                seen = [*p, *(x for values in s.values() for x in values)]
-                copies = list(zip(given, seen, strict=True)) if view is _whole else []
-            if method.matrices:
-                units, p, g, s, copies = _matrices(method, p, g, s, group)
-            widest = _common(dtype, dtypes)
-            ENGINES[engine](Job(method, method.rule, h, keep, widest), p, g, s)
-            if turn := [i for i, unit in enumerate(units) if unit in due]:
-                again = Job(method, lambda p, g, s, h: method.refresh(s, h), h, keep, widest)
-                s = {name: [values[i] for i in turn] for name, values in s.items()}
-                p, g = [p[i] for i in turn], [g[i] for i in turn]
-                ENGINES["foreach" if engine == "foreach" else "loop"](again, p, g, s)
-            for x, copy in copies:
-                y = copy.view(x.shape)
-                x.copy_(_placed(y, x, x.dtype) if view else y)
-            for q in some if now else ():
-                self.state[q].update(now)
+        return calls
 
 
     def _initial(self, p: Tensor, g: Tensor, h: Names) -> dict[str, Tensor]:
-        """The whole state of a parameter: what ``init_state`` gives for each of its matrices."""
+        """The state of a parameter: what ``init_state`` gives for each of its matrices."""
         made: dict[str, Tensor] = {}
         for k, cut in enumerate(_cuts(p, vars(h)) if self.matrices else [...]):
             part = (p, g) if cut is ... else (_flat(p)[cut], _flat(g)[cut])
             for name, value in self.init_state(*part, h).items():
-                dtype = _state_dtype(value, p, h.state_dtype, self._is_precise(name))
+                precise = self._is_precise(name)
+                dtype = _state_dtype(value, p, h.state_dtype, precise)
                 if name in self.clocks:
                     made.setdefault(name, value)
-                elif cut is ... or self._is_precise(name):
-                    # a copy: state that shares memory with p or its gradient would change too
+                elif cut is ... or precise:
+                    # a copy: state that shares memory with p or its gradient would change
+                    # too
                     made[_key(name, k)] = value.detach().to(dtype, copy=True)
                 else:  # of the shape of p: each matrix has its part of it
                     whole = made.setdefault(name, torch.zeros_like(p, dtype=dtype))
@@ -569,28 +529,31 @@ class Optimizer(torch.optim.Optimizer):
         return name.partition(".")[0] in self.precise
 
 
-    def _due(self, method: "Optimizer", group: dict[str, Any]) -> set[Any]:
+    def _due(self, group: Group) -> set[Any]:
         """The matrices whose turn it is: about the same work in every step.
 
         The first step has none: ``init_state`` has just made what a refresh renews.
         """
+        method = self._method(group)
         if method.every is None:
             return set()
         every, now = group[method.every], group.setdefault("steps", 0)
         group["steps"] = now + 1
         if every not in self._turns:
-            groups = [x for x in self.param_groups if self._method(x) is method]
-            units = [
-                ((id(p), k), float(sum((side.stop - side.start) ** 3 for side in cut)))
-                for x in groups if x[method.every] == every
-                for p in x["params"] for k, cut in enumerate(_cuts(p, x))
-            ]
-            turns = share([cost for _, cost in units], every)
-            self._turns[every] = list(zip(turns, (unit for unit, _ in units), strict=True))
-        return {unit for turn, unit in self._turns[every] if turn == now % every and now}
+            costs = {
+                (p, k): float(sum((side.stop - side.start) ** 3 for side in cut))
+                for x in self.param_groups
+                if self._method(x) is method and x[method.every] == every
+                for p in x["params"]
+                for k, cut in enumerate(_cuts(p, x))
+            }
+            turns = share([*costs.values()], every)
+            self._turns[every] = dict(zip(costs, turns, strict=True))
+        turn = now % every if now else None
+        return {unit for unit, its in self._turns[every].items() if its == turn}
 
-    # %% 23_machinery sec-base-class 9 55ca12d4
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    # %% 23_machinery sec-base-class 8 3c67bdc0
+    def add_param_group(self, param_group: Group) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
         group = _named({**param_group})
         params = group["params"]
@@ -598,18 +561,19 @@ class Optimizer(torch.optim.Optimizer):
             group["params"] = [params] if isinstance(params, Tensor) else list(params)
         method = self._method(group)
         if method is not self:  # its own defaults, under the options of this optimizer
-            inherited = {name: self.defaults[name] for name in OPTIONS}
-            group = {**method.defaults, **inherited, **group}
+            options = {name: self.defaults[name] for name in OPTIONS}
+            group = {**method.defaults, **options, **group}
         method._check_group({**self.defaults, **group})
-        known = {**self.defaults, **method.defaults, **dict.fromkeys(KEYS)}
+        known = {*self.defaults, *method.defaults, *KEYS}
         for name in group.keys() - known:
             if near := difflib.get_close_matches(name, known, 1, 0.8):
-                raise TypeError(f"a group has {name!r}, which means nothing; use {near[0]!r}")
+                told = f"a group has {name!r}, which means nothing"
+                raise TypeError(f"{told}; use {near[0]!r}")
         super(Optimizer, self).add_param_group(group)
         self._forget()
 
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: Group) -> None:
         """Refuse what is out of range or of the wrong kind."""
         for name, interval in {**RANGES, **self.ranges}.items():
             if name in self.defaults:
@@ -618,25 +582,25 @@ class Optimizer(torch.optim.Optimizer):
         check_choice("nonfinite", group["nonfinite"], ("propagate", "skip", "raise"))
         check_choice("maximize", group["maximize"], (False, True))
         dtype = group["state_dtype"]
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(
-                f"state_dtype={dtype!r} is no real floating-point type; pass None or, say, "
-                "torch.float32"
-            )
+        real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if not (real or dtype is None):
+            told = f"state_dtype={dtype!r} is no real floating-point type"
+            raise TypeError(f"{told}; pass None or, say, torch.float32")
         for x in group["params"] if self.matrices else ():
-            p = x[1] if isinstance(x, tuple) else x
-            if isinstance(p, Tensor) and p.dim() < 2 and not self.vectors:
-                name = f" {x[0]!r}" if isinstance(x, tuple) else ""
+            name, p = x if isinstance(x, tuple) else ("", x)
+            if not isinstance(p, Tensor):
+                continue
+            if p.dim() < 2 and not self.vectors:
+                got = f"a parameter {name!r}" if name else "a parameter"
                 raise ValueError(
-                    f"{type(self).__name__} takes matrices and got a parameter{name} of shape "
+                    f"{type(self).__name__} takes matrices and got {got} of shape "
                     f"{tuple(p.shape)}; put it into a group with algorithm='adamw'"
                 )
-            if isinstance(p, Tensor):
-                _cuts(p, group)
+            _cuts(p, group)
 
 
-    def _method(self, group: dict[str, Any]) -> "Optimizer":
-        """The optimizer whose rule steps a group: this one, or one made for its rule alone."""
+    def _method(self, group: Group) -> "Optimizer":
+        """The optimizer whose rule steps a group: this, or one made for its rule alone."""
         name = group.get("algorithm")
         if name is None:
             return self
@@ -651,20 +615,20 @@ class Optimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drop all that follows from parameters and groups; it is worked out again."""
         self._plans: dict[Tensor, _Plan] = {}
-        self._turns: dict[int, list[tuple[int, Any]]] = {}
+        self._turns: dict[int, dict[Any, int]] = {}
         self._others: dict[str, Optimizer] = {}
 
 
-    def _label(self, p: Tensor, group: dict[str, Any]) -> str:
+    def _label(self, p: Tensor, group: Group) -> str:
         """What an error calls a parameter."""
         names = group.get("param_names") or [""] * len(group["params"])
         name = next(n for n, q in zip(names, group["params"], strict=True) if q is p)
-        return f"parameter {name!r}" if name else "a parameter"
+        return f"{f'parameter {name!r}' if name else 'a parameter'}, {tuple(p.shape)}"
 
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes, for a copy to be whole; but not what torch hangs on them."""
-        return {name: value for name, value in vars(self).items() if name not in TRANSIENT}
+        return {name: x for name, x in vars(self).items() if name not in TRANSIENT}
 
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -673,46 +637,47 @@ class Optimizer(torch.optim.Optimizer):
         super(Optimizer, self).__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; no step here is
         for group in self.param_groups:
-            for name, value in {**self.defaults, **self._method(group).defaults}.items():
-                group.setdefault(name, value)
+            known = {**self.defaults, **self._method(group).defaults}
+            group.update({name: x for name, x in known.items() if name not in group})
 
 
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint, as in torch; clocks are handed out as a copy for each tensor."""
         packed = super(Optimizer, self).state_dict()
         for group in packed["param_groups"]:
-            if group["state_dtype"] is not None:  # torch's distributed checkpoint knows no types
+            if group["state_dtype"] is not None:
+                # torch's distributed checkpoint knows no types
                 group["state_dtype"] = str(group["state_dtype"])
             clocks = self._method(group).clocks
-            for key in group["params"] if clocks else ():
-                if state := packed["state"].get(key):
-                    copies = {n: x.clone() for n, x in state.items() if n in clocks}
-                    packed["state"][key] = {**state, **copies}
+            for key in packed["state"].keys() & group["params"] if clocks else ():
+                state = packed["state"][key]
+                copies = {n: x.clone() for n, x in state.items() if n in clocks}
+                packed["state"][key] = {**state, **copies}
         return packed
 
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer, or of the ``torch.optim`` class of its algorithm.
+        """Load a checkpoint of this optimizer, or of its ``torch.optim`` namesake.
 
-        ``engine``, ``nonfinite`` and ``state_dtype`` stay as they are: they belong to this run
-        and not to the model. Torch casts all state to the parameter's type; here clocks keep
-        their own and ``state_dtype`` is honoured.
+        ``engine``, ``nonfinite`` and ``state_dtype`` stay as they are: they belong to this
+        run and not to the model. Torch casts all state to the parameter's type; here clocks
+        keep their own and ``state_dtype`` is honoured.
 
         Raises:
-            ValueError: The checkpoint holds a hyperparameter that is out of range, or one that
-                this optimizer does not have and that would change its steps; state that does
-                not fit a parameter; another ``algorithm`` of a group. Nothing has changed then.
+            ValueError: The checkpoint holds a hyperparameter that is out of range, or one
+                that this optimizer does not have and that would change its steps; state
+                that does not fit a parameter; another ``algorithm`` of a group. Nothing has
+                changed then.
         """
-        hooked: dict[str, Any] = dict(state_dict)  # what is left when torch's hooks have run
+        hooked: dict[str, Any] = {}  # what is left when torch's hooks have run
+        kept = ("engine", "nonfinite", "state_dtype")
 
         def prepare(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            kept = ("engine", "nonfinite", "state_dtype")
-            groups = []
-            for saved, own in zip(given["param_groups"], self.param_groups, strict=False):
-                group = {**saved, **{name: own[name] for name in kept}}
-                groups.append(group)
-                self._check_saved(group, own, given["state"])
-            hooked.update(given, param_groups=groups + given["param_groups"][len(groups) :])
+            groups = list(given["param_groups"])
+            for i, own in enumerate(self.param_groups[: len(groups)]):
+                groups[i] = _named({**groups[i], **{name: own[name] for name in kept}})
+                self._check_saved(groups[i], own, given["state"])
+            hooked.update(given, param_groups=groups)
             return hooked
 
         handle = self.register_load_state_dict_pre_hook(prepare)
@@ -726,54 +691,53 @@ class Optimizer(torch.optim.Optimizer):
             method = self._method(group)
             for key, p in zip(saved["params"], group["params"], strict=True):
                 state = hooked["state"].get(key, {})
-                if any(value is None for value in state.values()):  # torch's "not begun"
+                if any(x is None for x in state.values()):  # torch's "not begun"
                     self.state.pop(p, None)
                     continue
-                for name, value in state.items():
+                for name, x in state.items():
                     if name in method.clocks:
-                        clock = torch.as_tensor(value).detach().cpu().clone()
-                        self.state[p][name] = clocks.setdefault((name, clock.item()), clock)
-                    elif isinstance(value, Tensor):
+                        clock = torch.as_tensor(x).detach().cpu().clone()
+                        clock = clocks.setdefault((name, clock.item()), clock)
+                        self.state[p][name] = clock
+                    elif isinstance(x, Tensor):
                         precise = method._is_precise(name)
-                        dtype = _state_dtype(value, p, group["state_dtype"], precise)
-                        self.state[p][name] = _placed(value.detach(), p, dtype)
+                        dtype = _state_dtype(x, p, group["state_dtype"], precise)
+                        self.state[p][name] = _placed(x.detach(), p, dtype)
 
 
-    def _check_saved(
-        self, saved: dict[str, Any], own: dict[str, Any], state: dict[Any, Any]
-    ) -> None:
+    def _check_saved(self, saved: Group, own: Group, state: dict[Any, Any]) -> None:
         """Refuse a group of a checkpoint that is not this group's."""
-        _named(saved)
-        if saved.get("algorithm") != own.get("algorithm"):
+        theirs, ours = saved.get("algorithm"), own.get("algorithm")
+        if theirs != ours:
             raise ValueError(
-                f"the checkpoint steps a group by algorithm={saved.get('algorithm')!r}, this "
-                f"optimizer by {own.get('algorithm')!r}; build it as it was"
+                f"the checkpoint steps a group by algorithm={theirs!r}, this optimizer by "
+                f"{ours!r}; build it as it was"
             )
-        method = self._method(saved)
-        full = {**self.defaults, **method.defaults, **saved, "params": own["params"]}
+        method = self._method(own)
+        known = {**self.defaults, **method.defaults}
+        full = {**known, **saved, "params": own["params"]}
         method._check_group(full)
         for name in (*RANGES, "nesterov", "amsgrad", "centered"):
-            if saved.get(name) and name not in method.defaults | self.defaults:
-                raise ValueError(
-                    f"the checkpoint has {name}={saved[name]!r}, which "
-                    f"{type(method).__name__} does not know"
-                )
+            if saved.get(name) and name not in known:
+                told = f"the checkpoint has {name}={saved[name]!r}"
+                raise ValueError(f"{told}, which {type(method).__name__} does not know")
         for key, p in zip(saved["params"], own["params"], strict=False):
             found = state.get(key, {})
-            if all(value is not None for value in found.values()):
-                if why := self.misfit(p, found, full):
-                    label, shape = self._label(p, own), tuple(p.shape)
-                    raise ValueError(f"the checkpoint does not fit {label}, {shape}: {why}")
+            begun = all(x is not None for x in found.values())
+            if begun and (why := self.misfit(p, found, full)):
+                label = self._label(p, own)
+                raise ValueError(f"the checkpoint does not fit {label}: {why}")
 
 
-# %% 23_machinery sec-base-class 7 de1e1167
-def _agreed(flags: list[Tensor], meshes: list[Any]) -> Tensor | None:
-    """All flags in one, on the device of the first; and over the processes of a mesh."""
+# %% 23_machinery sec-base-class 6 06f9e593
+def _agreed(flags: list[Tensor], meshes: Iterable[Any]) -> Tensor | None:
+    """All flags in one, on the device of the first; over all processes of a mesh."""
     if not flags:
         return None
     fine = torch.stack([flag.to(flags[0].device) for flag in flags]).all().long()
-    for group in [group for mesh in meshes for group in mesh.get_all_groups()]:
-        torch.distributed.all_reduce(fine, torch.distributed.ReduceOp.MIN, group)
+    for mesh in meshes:
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(fine, torch.distributed.ReduceOp.MIN, group)
     return fine.bool()
 
 
@@ -784,7 +748,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 10 c361234d
+# %% 23_machinery sec-base-class 9 36c9eecd
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -799,7 +763,7 @@ ALGORITHMS = {
 #: What any group may hold, beside hyperparameters.
 KEYS = ("params", "param_names", "algorithm", "block_size", "split_sizes", "initial_lr")
 #: Attributes that a copy makes anew: what torch hangs on every optimizer, and ours.
-TRANSIENT = vars(torch.optim.SGD([torch.zeros(1)])).keys() | {"step", "_graph", "_opt_called"}
+TRANSIENT = {*vars(torch.optim.SGD([torch.zeros(1)])), "step", "_graph", "_opt_called"}
 TRANSIENT |= {"_plans", "_turns", "_others"}
 TRANSIENT -= {"defaults", "state", "param_groups"}
 
@@ -814,8 +778,8 @@ def _whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "placements") else x
 
 
-def _named(group: dict[str, Any]) -> dict[str, Any]:
-    """A group with other libraries' ways to name an algorithm put into ``algorithm``."""
+def _named(group: Group) -> Group:
+    """A group where other libraries' words for an algorithm became ``algorithm``."""
     if not group.pop("use_muon", True) or group.pop("use_fallback", False):
         group.setdefault("algorithm", "adamw")
     if "kind" in group:
@@ -823,7 +787,7 @@ def _named(group: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def _shared(group: dict[str, Any]) -> Names:
+def _shared(group: Group) -> Names:
     """What a rule finds in ``h``."""
     h = {name: x for name, x in group.items() if name not in ("params", "param_names")}
     if isinstance(h["lr"], Tensor):
@@ -835,13 +799,17 @@ def _shared(group: dict[str, Any]) -> Names:
 _MOVING = ("params", "param_names", "lr", "initial_lr", "steps")
 
 
-def _settings(group: dict[str, Any]) -> list[Any]:
+def _settings(group: Group) -> list[Any]:
     """All of a group that state may depend on; of a number only whether it is zero."""
-    return [
-        bool(x) if isinstance(x, float) else None if isinstance(x, Tensor | tuple) else x
-        for name, x in group.items()
-        if name not in _MOVING
-    ]
+    fixed = [x for name, x in group.items() if name not in _MOVING]
+    simple = [x for x in fixed if not isinstance(x, Tensor | tuple)]
+    return [bool(x) if isinstance(x, float) else x for x in simple]
+
+
+def _looks(x: Tensor) -> tuple[Any, ...]:
+    """All that decides which kernels take a tensor."""
+    strides = x.stride() if x.layout is torch.strided else None
+    return x.shape, strides, x.dtype, x.device
 
 
 def _meta(p: Tensor) -> Tensor:
@@ -853,31 +821,30 @@ def _meta(p: Tensor) -> Tensor:
 
 def _placed(value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of a state, with its parameter's device, layout and sharding."""
-    if hasattr(p, "placements") and not hasattr(value, "placements"):
+    alone = value.shape == p.shape and not hasattr(value, "placements")
+    if alone and hasattr(p, "placements"):  # every process has all of it
         from torch.distributed.tensor import distribute_tensor
 
-        if value.shape == p.shape:  # every process has all of it
-            mesh, value = p.device_mesh, value.to(p.device)
-            value = distribute_tensor(value, mesh, p.placements, src_data_rank=None)
-    sharded = hasattr(value, "placements")
-    like = value if sharded or value.shape != p.shape else p
+        full, mesh = value.to(p.device), p.device_mesh
+        value = distribute_tensor(full, mesh, p.placements, src_data_rank=None)
+    like = p if alone else value
     return torch.empty_like(like, dtype=dtype, device=p.device).copy_(value)
 
 
-def _cuts(p: Tensor, group: dict[str, Any]) -> list[tuple[slice, slice]]:
+def _cuts(p: Tensor, group: Group) -> list[tuple[slice, slice]]:
     """Where the matrices of a parameter lie in it, once it is flattened."""
     if p.numel() == 0:
         return []
-    rows, columns = _sides(p)
+    rows = p.numel() if p.dim() < 2 else len(p)
+    columns = p.numel() // rows
     parts = group.get("split_sizes") or [rows]
     if sum(parts) != rows:
-        raise ValueError(
-            f"split_sizes={parts!r} adds up to {sum(parts)} and a parameter has {rows} rows; "
-            "pass sizes that add up to it, in a group of its own"
-        )
+        told = f"split_sizes={parts!r} adds up to {sum(parts)}"
+        told = f"{told} and a parameter has {rows} rows"
+        raise ValueError(f"{told}; pass sizes that add up to it, in its own group")
     size = group.get("block_size") or max(rows, columns)
     tall = [height for part in parts for height in _balanced(part, size)]
-    return [(a, b) for a in _slices(tall) for b in _slices(_balanced(columns, size))]
+    return list(itertools.product(_slices(tall), _slices(_balanced(columns, size))))
 
 
 def _balanced(length: int, size: int) -> list[int]:
@@ -887,19 +854,13 @@ def _balanced(length: int, size: int) -> list[int]:
 
 
 def _slices(sizes: list[int]) -> Iterator[slice]:
-    start = 0
-    for size in sizes:
-        yield slice(start, start + size)
-        start += size
-
-
-def _sides(p: Tensor) -> tuple[int, int]:
-    return (p.numel(), 1) if p.dim() < 2 else (len(p), p.numel() // max(len(p), 1))
+    ends = itertools.accumulate(sizes, initial=0)
+    return itertools.starmap(slice, itertools.pairwise(ends))
 
 
 def _flat(x: Tensor) -> Tensor:
-    """Two-dimensional; it shares memory where it can."""
-    return x if x.dim() == 2 else x.reshape(_sides(x))
+    """Two-dimensional, a vector as a column; it shares memory where it can."""
+    return x.reshape(-1, 1) if x.dim() < 2 else x.flatten(1)
 
 
 def _key(name: str, k: int) -> str:
@@ -907,10 +868,8 @@ def _key(name: str, k: int) -> str:
     return f"{name}.{k}" if k else name
 
 
-def _matrices(
-    method: Optimizer, p: list, g: list, s: dict[str, list], group: dict[str, Any]
-) -> tuple[list, list, list, dict[str, list], list]:
-    """Each matrix of each parameter: a name, the matrix, its gradient and its state.
+def _matrices(method: Optimizer, work: Work, group: Group) -> tuple[list, Work, list]:
+    """Each matrix of each parameter with its gradient and state; and what it is called.
 
     Matrices share memory with their tensor; where they cannot, a copy is noted, to be
     written back. Those of one shape are neighbours, so that they can be stacked.
@@ -923,32 +882,32 @@ def _matrices(
             copies.append((x, y))
         return y
 
-    for i, q in enumerate(p):
-        alike = {n: flat(x[i]) for n, x in s.items() if not method._is_precise(n)}
-        whole, grad = flat(q), _flat(g[i])
-        for k, cut in enumerate(_cuts(q, group)):
+    for i, p in enumerate(work.p):
+        alike = {n: flat(x[i]) for n, x in work.s.items() if not method._is_precise(n)}
+        whole, grad = flat(p), _flat(work.g[i])
+        for k, cut in enumerate(_cuts(p, group)):
             state = {name: x[cut] for name, x in alike.items()}
-            state |= {n: s[_key(n, k)][i] for n in method.precise if _key(n, k) in s}
-            units.append(((id(q), k), whole[cut], grad[cut], state))
+            keys = ((name, _key(name, k)) for name in method.precise)
+            state |= {name: work.s[key][i] for name, key in keys if key in work.s}
+            units.append(((p, k), whole[cut], grad[cut], state))
     units.sort(key=lambda unit: sorted(unit[1].shape))
-    names, matrices, grads, states = map(list, zip(*units, strict=True))
-    s = {name: [state[name] for state in states] for name in states[0]}
-    return names, matrices, grads, s, copies
+    names, p, g, states = map(list, zip(*units, strict=True))
+    return names, Work(p, g, {n: [s[n] for s in states] for n in states[0]}), copies
 
 
 def _common(dtype: torch.dtype, others: tuple[torch.dtype, ...]) -> torch.dtype | None:
-    """The type to compute in, where a state has another than its parameter; else ``None``."""
+    """The type to compute in, where a state has another than its parameter."""
     real = {x.to_real() for x in others if x.is_floating_point or x.is_complex}
     both = functools.reduce(torch.promote_types, real, dtype.to_real())
     return both if real - {dtype.to_real()} else None
 
 
 def _widest(device: torch.device) -> torch.dtype:
-    """Double precision, where the device has it: powers of β₂ = 0.999 need the digits."""
+    """Double precision, where there is: powers of β₂ = 0.999 need the digits."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _clock_tensor(value: float | Tensor, before: Tensor, finite: Tensor | None) -> Tensor:
+def _clock_tensor(value: Any, before: Tensor, finite: Tensor | None) -> Tensor:
     """A clock as it is stored after the step."""
     if not isinstance(value, Tensor):
         return torch.tensor(value, dtype=before.dtype)
@@ -977,11 +936,12 @@ def _unfusable(p: Tensor, dtypes: set[torch.dtype]) -> str:
     p, g, kind = plain(p), plain(p.grad), p.device.type
     if kind not in ("cpu", "cuda", "mps", "xpu"):
         return f"a parameter is on {kind}"
-    if kind == "cpu" and p.dtype.itemsize < 4:
-        return f"a parameter is {p.dtype} on the CPU"  # fused SGD of torch 2.13 is wrong
+    if kind == "cpu" and p.dtype.itemsize < 4:  # fused SGD of torch 2.13 is wrong
+        return f"a parameter is {p.dtype} on the CPU"
     last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
     if not (p.is_contiguous() or last) or p.stride() != g.stride():
         return "a parameter or its gradient is not contiguous"
     if dtypes - {p.dtype} or g.dtype != p.dtype:
-        return f"a state or gradient is not {p.dtype}, as its parameter is; see state_dtype="
+        said = f"a state or gradient is not {p.dtype}, as its parameter is"
+        return f"{said}; see state_dtype="
     return ""

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 6b83e518
+# %% head 4186bc22
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -10,17 +10,19 @@ __all__ = [
     "Batch",
     "Job",
     "Names",
+    "Work",
     "matrixwise",
     "plain",
 ]
 
 
-# %% 23_machinery sec-batch 1 830d86e0
+# %% 23_machinery sec-batch 1 2eb91b10
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partialmethod
+from functools import partial, partialmethod
 from numbers import Real
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor
 
 
 class Names:
-    """Values by attribute, such as ``h.lr``. (``types.SimpleNamespace`` cannot be traced.)"""
+    """Values by attribute: ``h.lr``. (``SimpleNamespace`` cannot be traced.)"""
 
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():
@@ -44,17 +46,18 @@ def plain(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-# %% 23_machinery sec-batch 2 c76f8e9e
+# %% 23_machinery sec-batch 2 6965ae7a
 class Batch:
-    """Many tensors that answer to the methods of one: each is one ``torch._foreach_*`` call.
+    """Many tensors with the methods of one: each is one ``torch._foreach_*`` call.
 
-    Numbers may be Python floats or one-element tensors. In-place methods return the batch,
-    as a tensor's do. A rule may use the operators ``+ - * / **``, also in place, and every
+    Numbers may be Python floats or one-element tensors. In-place methods return the
+    batch, as a tensor's do. A rule may use the operators ``+ - * / **``, also in place,
+    and every
     method for which torch has a list version: ``mul_``, ``lerp_``, ``addcmul_``,
-    ``addcdiv_``, ``sqrt``, ``abs``, ``sign``, ``maximum``, ``clamp_min``, ``reciprocal``, …
-    A reduction such as ``norm`` gives one number for each tensor. ``@`` and ``.mT`` work one
-    by one. Functions such as ``torch.sign(g)`` do not work here; those of matrices do, once
-    they are marked ``matrixwise``.
+    ``addcdiv_``, ``sqrt``, ``abs``, ``sign``, ``maximum``, ``clamp_min``,
+    ``reciprocal``, … A reduction such as ``norm`` gives one number for each tensor.
+    ``@`` and ``.mT`` work one by one. Functions such as ``torch.sign(g)`` do not work
+    here; those of matrices do, once they are marked ``matrixwise``.
 
     Args:
         tensors: The tensors; changed in place by in-place methods.
@@ -66,8 +69,8 @@ class Batch:
     def __getattr__(self, name: str) -> Callable[..., "Batch"]:
         if not hasattr(torch, f"_foreach_{name}"):
             raise AttributeError(
-                f"a rule for many tensors has no .{name}: torch has no list version of it; "
-                "see Batch, or mark a function of a matrix with matrixwise"
+                f"a rule for many tensors has no .{name}: torch has no list version of "
+                "it; see Batch, or mark a function of a matrix with matrixwise"
             )
         return lambda *args, **kwargs: self._call(name, *args, **kwargs)
 
@@ -130,16 +133,16 @@ class Batch:
     __itruediv__, __radd__, __rmul__ = partialmethod(_call, "div_"), __add__, __mul__
 
 
-# %% 23_machinery sec-matrixwise 1 1f663d14
+# %% 23_machinery sec-matrixwise 1 2fa143a4
 def matrixwise(function: Callable) -> Callable:
-    """Mark a function of matrices that a rule may call on tensors and on batches of them.
+    """Mark a function of matrices that a rule may call on tensors and on batches.
 
     Of batches, matrices of equal shapes are stacked and the function runs once for each
     stack. So it works on the last two dimensions, (…, m, n), and changes no argument.
 
     Args:
-        function: Takes matrices, by position; whatever else it is given, numbers and names,
-            is the same for all. Returns a tensor or a tuple of tensors.
+        function: Takes matrices, by position; whatever else it is given, numbers and
+            names, is the same for all. Returns a tensor or a tuple of tensors.
     """
 
     @functools.wraps(function)
@@ -166,13 +169,13 @@ def matrixwise(function: Callable) -> Callable:
 def _stack(x: Any, alike: list[int]) -> Any:
     if not isinstance(x, Batch):
         return x
-    first = x.tensors[alike[0]]
-    return first[None] if len(alike) == 1 else torch.stack([x.tensors[i] for i in alike])
+    some = [x.tensors[i] for i in alike]
+    return some[0][None] if len(some) == 1 else torch.stack(some)
 
 
-# %% 23_machinery sec-engines 1 234ceacd
+# %% 23_machinery sec-engines 1 d7cb5db1
 class Job(NamedTuple):
-    """What an engine has to run, beside the tensors."""
+    """What an engine has to run."""
 
     method: Any  # the optimizer whose rule it is
     rule: Callable[[Any, Any, Names, Names], None]
@@ -186,99 +189,93 @@ class Job(NamedTuple):
         return self.method.elementwise or self.method.matrices
 
 
-def _run(job: Job, p: list, g: list, s: dict[str, list], call: Callable[..., None]) -> None:
+class Work(NamedTuple):
+    """What it is run on: parameters, their gradients, and each state by name."""
+
+    p: list[Tensor]
+    g: list[Tensor]
+    s: dict[str, list[Tensor]]
+
+    def each(self, function: Callable[[list[Tensor]], Any]) -> "Work":
+        """The same function of every list."""
+        s = {name: function(x) for name, x in self.s.items()}
+        return Work(function(self.p), function(self.g), s)
+
+    @property
+    def changing(self) -> list[Tensor]:
+        """All that a rule may change."""
+        return [*self.p, *(x for xs in self.s.values() for x in xs)]
+
+
+def _run(job: Job, work: Work, call: Callable[[Job, Work], None]) -> None:
     """Run a rule on one chunk of tensors: negate, convert, call, undo, convert back."""
     if job.h.maximize:
-        g = torch._foreach_neg(g)
-    kept = work = [*p, *(x for values in s.values() for x in values)]
+        work = work._replace(g=torch._foreach_neg(work.g))
+    if job.dtype is None and job.finite is None:
+        return call(job, work)
+    kept = work.changing
     if job.dtype is not None:
-        p, g = _cast(p, job.dtype), _cast(g, job.dtype)
-        s = {name: _cast(values, job.dtype) for name, values in s.items()}
-        work = [*p, *(x for values in s.values() for x in values)]
+        work = work.each(
+            lambda xs: [x.to(job.dtype) if x.is_floating_point() else x for x in xs]
+        )
     old = kept if job.finite is None else [x.clone() for x in kept]
-    call(job, p, g, s)
-    for x, new, before in zip(kept, work, old, strict=True):
+    call(job, work)
+    for x, new, before in zip(kept, work.changing, old, strict=True):
         if job.finite is not None:
             plain(x).copy_(torch.where(job.finite, plain(new), plain(before)))
         elif new is not x:
             x.copy_(new)
 
 
-def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [x.to(dtype) if x.is_floating_point() else x for x in tensors]
-
-
-# %% 23_machinery sec-engines 2 b8aa8183
-def _loop(job: Job, p: list, g: list, s: dict[str, list]) -> None:
+# %% 23_machinery sec-engines 2 f043bd91
+def _loop(job: Job, work: Work) -> None:
     """The rule on one tensor after another: the reference for every other engine."""
     on_device = any(isinstance(value, Tensor) for value in vars(job.h).values())
-    call = _call_batch if job.many and on_device else _call_single
-    for i in range(len(p)):
-        one = slice(i, i + 1)
-        _run(job, p[one], g[one], {name: x[one] for name, x in s.items()}, call)
+    call = _many if job.many and on_device else _one
+    for i in range(len(work.p)):
+        _run(job, work.each(itemgetter(slice(i, i + 1))), call)
 
 
-def _foreach(job: Job, p: list, g: list, s: dict[str, list]) -> None:
+def _foreach(job: Job, work: Work) -> None:
     """The rule on chunks of tensors."""
     if not job.many:
-        return _loop(job, p, g, s)
-    for chunk in _chunks(p):
-        state = {name: x[chunk] for name, x in s.items()}
-        _run(job, p[chunk], g[chunk], state, _call_batch)
+        return _loop(job, work)
+    for chunk in _chunks(work.p):
+        _run(job, work.each(itemgetter(chunk)), _many)
 
 
-def _compile(job: Job, p: list, g: list, s: dict[str, list]) -> None:
-    """The rule on every tensor, in one compiled graph."""
-    _run(job, p, g, s, _call_compiled)
-
-
-def _fused(job: Job, p: list, g: list, s: dict[str, list]) -> None:
+def _fused(job: Job, work: Work) -> None:
     """Torch's own kernel, which undoes by itself."""
     h, steps = job.h, []
     if "step" in job.method.clocks:
-        steps = [h.step.float()] * len(p)
+        steps = [h.step.float()] * len(work.p)
     h.found_inf = None if job.finite is None else (~job.finite).float()
-    job.method.fused(p, g, Names(**s, step=steps), h)
+    job.method.fused(work.p, work.g, Names(**work.s, step=steps), h)
 
 
-#: What runs a rule, by name.
-ENGINES: dict[str, Callable[[Job, list, list, dict[str, list]], None]] = {
-    "auto": _loop,  # resolved to one of the others before it is called
-    "loop": _loop,
-    "foreach": _foreach,
-    "fused": _fused,
-    "compile": _compile,
-}
-
-
-def _call_single(job: Job, p: list, g: list, s: dict[str, list]) -> None:
-    _apply(job, p[0], g[0], {name: x[0] for name, x in s.items()})
-
-
-def _call_batch(job: Job, p: list, g: list, s: dict[str, list]) -> None:
-    _apply(job, Batch(p), Batch(g), {name: Batch(x) for name, x in s.items()})
-
-
-def _apply(job: Job, p: Any, g: Any, s: dict[str, Any]) -> None:
+def _apply(job: Job, work: Work, seen: Callable[[list[Tensor]], Any]) -> None:
+    """The rule on what it sees of the lists: their only tensor, or a batch."""
+    p, g, s = work.each(seen)
     names = Names(**s)
     job.rule(p, g, names, job.h)
     for name, value in s.items():
         if getattr(names, name) is not value:
-            raise TypeError(
-                f"the rule binds s.{name} to something new, which is lost; "
-                "change it in place"
-            )
+            said = f"the rule binds s.{name} to something new, which is lost"
+            raise TypeError(f"{said}; change it in place")
+
+
+_one, _many = partial(_apply, seen=itemgetter(0)), partial(_apply, seen=Batch)
 
 
 #: What a group holds that no rule looks at.
 OUTSIDE = ("engine", "nonfinite", "maximize", "state_dtype", "algorithm")
 
 
-def _call_compiled(job: Job, p: list, g: list, s: dict[str, list]) -> None:
+def _compiled(job: Job, work: Work) -> None:
     """Numbers that change from step to step enter the graph as tensors.
 
-    A Python number would be compiled in. (Torch 2.13 compiles in even a tensor, where it is
-    the ``alpha`` of ``sub_``; ``add_`` is right.)
+    A Python number would be compiled in. (Torch 2.13 compiles in even a tensor, where
+    it is the ``alpha`` of ``sub_``; ``add_`` is right.)
     """
     method, changing, fixed = job.method, {}, {}
     for name, value in vars(job.h).items():
@@ -290,14 +287,14 @@ def _call_compiled(job: Job, p: list, g: list, s: dict[str, list]) -> None:
             fixed[name] = value
     if "_graph" not in vars(method):
         method._graph = torch.compile(_trace, dynamic=False, fullgraph=True)
-    # Dynamo counts the graphs of all optimizers together, and by default stops at eight.
+    # Dynamo counts the graphs of all optimizers together, and stops at eight.
     limits = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096}
     with torch._dynamo.config.patch(limits):
-        method._graph(job.rule, p, g, s, changing, fixed)
+        method._graph(job.rule, *work, changing, fixed)
 
 
-def _trace(rule: Callable, p: list, g: list, s: dict, changing: dict, fixed: dict) -> None:
-    h = Names(**changing, **fixed)
+def _trace(rule: Callable, p: list, g: list, s: dict, h: dict, fixed: dict) -> None:
+    h = Names(**h, **fixed)
     for i in range(len(p)):
         rule(p[i], g[i], Names(**{name: x[i] for name, x in s.items()}), h)
 
@@ -315,3 +312,13 @@ def _chunks(p: list[Tensor]) -> Iterator[slice]:
             start, size = i, 0
         size += x.numel()
     yield slice(start, len(p))
+
+
+#: What runs a rule, by name.
+ENGINES: dict[str, Callable[[Job, Work], None]] = {
+    "auto": _loop,  # resolved to one of the others before it is called
+    "loop": _loop,
+    "foreach": _foreach,
+    "fused": _fused,
+    "compile": partial(_run, call=_compiled),
+}

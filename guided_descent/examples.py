@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 54255fd2
+# %% head 2f45cfd9
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-matrixwise 2 95f2291d
+# %% 23_machinery sec-matrixwise 2 b11623cc
 from typing import Any, Unpack
 
 import torch
@@ -29,8 +29,9 @@ def polar(M: Tensor) -> Tensor:
     return (U * (rounding < S).unsqueeze(-2) @ Vh).to(M.dtype)
 
 
+# %% 23_machinery sec-matrixwise 3 ccbdcc10
 class Muon(Optimizer):
-    """Muon in its shortest form, ``m ← m + (1−μ)(g − m);  x ← x − lr · polar(m)``.
+    """Muon in short: ``m ← m + (1−μ)(g − m);  x ← x − lr · polar(m)``.
 
     An example of a rule for matrices; ``chapter 12`` will have the method.
 
@@ -55,13 +56,14 @@ class Muon(Optimizer):
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)}
 
+    # %% 23_machinery sec-matrixwise 4 c81bec12
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         m = s.momentum_buffer.lerp_(g, 1 - h.momentum)
         p.add_(polar(m), alpha=-h.lr)
 
 
-# %% 23_machinery sec-matrixwise 4 b69cca9c
+# %% 23_machinery sec-turns 2 9ab817c8
 @matrixwise
 def eigenbasis(L: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix, as columns, the largest eigenvalue first."""
@@ -71,17 +73,18 @@ def eigenbasis(L: Tensor) -> Tensor:
 class SOAP(Optimizer):
     """SOAP in its shortest form: Adam in the eigenbasis of ``L`` and ``R``.
 
-    ``L``, ``R``: running means of ``g gᵀ``, ``gᵀ g`` with weight β₂; m, v: Adam's moments of
-    ``Q_Lᵀ g Q_R``. The first gradient sets the basis and moves nothing. An example of turns;
-    ``chapter 10`` will have the method.
+    ``L``, ``R``: running means of ``g gᵀ``, ``gᵀ g`` with weight β₂; m, v: Adam's
+    moments of ``Q_Lᵀ g Q_R``. The first gradient sets the basis and moves nothing. An
+    example of turns; ``chapter 10`` will have the method.
 
     Args:
-        params: Tensors, or groups of them; a vector is a column with a basis on one side.
+        params: Tensors, or groups of them; a vector is a column with a basis on one
+            side.
         lr: Step size, in [0, ∞). Default 0.003.
         betas: β₁, β₂, each in [0, 1). Default (0.95, 0.95).
         eps: Added to the root, in [0, ∞). Default 1e-8.
         precondition_every: Steps in which each basis is renewed once. Default 10.
-        block_size: Largest side of a block, or ``None`` (the default): whole matrices.
+        block_size: Largest side of a block, or ``None``: whole matrices. Default 512.
         **options: See ``Options``; ``nonfinite`` is ``"skip"`` by default.
 
     Source: Vyas et al. (2024), arXiv 2409.11321. Appendix "The machinery".
@@ -95,7 +98,7 @@ class SOAP(Optimizer):
     def __init__(
         self, params: Any, lr: float | Tensor = 3e-3,
         betas: tuple[float, float] = (0.95, 0.95), eps: float = 1e-8,
-        precondition_every: int = 10, block_size: int | None = None,
+        precondition_every: int = 10, block_size: int | None = 512,
         **options: Unpack[Options],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "block_size": block_size}
@@ -109,6 +112,7 @@ class SOAP(Optimizer):
         s |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         return s | {f"{side}_basis": eigenbasis(s[side]) for side in ("left", "right")}
 
+    # %% 23_machinery sec-turns 3 b2fb785b
     @staticmethod
     def clock(h: Any) -> None:
         b1, b2 = h.betas
@@ -117,13 +121,16 @@ class SOAP(Optimizer):
         h.w1, h.w2 = (1 - first) * (1 - b1), (1 - first) * (1 - b2)
         h.rate = h.lr * (1 - first) * (1 - b2**t) ** 0.5 / (1 - b1**t + first)
 
+    # %% 23_machinery sec-turns 4 a95061b3
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         G = s.left_basis.mT @ g @ s.right_basis
         m, v = s.exp_avg.lerp_(G, h.w1), s.exp_avg_sq.lerp_(G.square(), h.w2)
-        p.add_(s.left_basis @ (m / v.sqrt().add_(h.eps)) @ s.right_basis.mT, alpha=-h.rate)
+        u = m / v.sqrt().add_(h.eps)
+        p.add_(s.left_basis @ u @ s.right_basis.mT, alpha=-h.rate)
         s.left.lerp_(g @ g.mT, h.w2)
         s.right.lerp_(g.mT @ g, h.w2)
+
 
     @staticmethod
     def refresh(s: Any, h: Any) -> None:

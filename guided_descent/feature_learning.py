@@ -1,6 +1,6 @@
 # Generated from chapters/05_anisotropy.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 1e47b523
+# %% head 85c792c0
 """Chapter 05, Anisotropy."""
 
 __all__ = [
@@ -41,7 +41,7 @@ from guided_descent.core import check_range
 from guided_descent.problems import random_rotation
 
 
-# %% 05_anisotropy sec-aniso-task 2 f70456f0
+# %% 05_anisotropy sec-aniso-task 2 6891e8a9
 def orthonormal(G: Tensor) -> Tensor:
     """Orthonormal basis of the row space, ``R⁻ᵀ G`` with ``Gᵀ = Q R``.
 
@@ -70,6 +70,7 @@ def orthonormal(G: Tensor) -> Tensor:
     return (q * sign[..., None, :]).mT
 
 
+# %% 05_anisotropy sec-aniso-task 3 58d8ada4
 def subspace_distance(G: Tensor, G_star: Tensor) -> Tensor:
     """Sine of the largest principal angle between two row spaces.
 
@@ -99,7 +100,7 @@ def subspace_distance(G: Tensor, G_star: Tensor) -> Tensor:
     return gram[..., -1].clamp(min=0).sqrt()
 
 
-# %% 05_anisotropy sec-aniso-task 3 890f3181
+# %% 05_anisotropy sec-aniso-task 4 890f3181
 class Moments(NamedTuple):
     """All that a squared loss sees of a batch.
 
@@ -154,7 +155,7 @@ def white_moments(
     return Moments(xx, yx)
 
 
-# %% 05_anisotropy sec-aniso-task 4 0a0f6505
+# %% 05_anisotropy sec-aniso-task 5 0a0f6505
 def log_spaced(d: int, kappa: float) -> Tensor:
     """Eigenvalues evenly spaced on a log scale, with a mean of 1.
 
@@ -301,7 +302,7 @@ def transfer_tasks(
     return new._replace(G=tasks.G)
 
 
-# %% 05_anisotropy sec-aniso-failure 1 36c3ccb4
+# %% 05_anisotropy sec-aniso-failure 1 23fb73fa
 def _damped(M: Tensor, damping: float) -> Tensor:
     """``M + damping · (tr M / d) · I``."""
     check_range("damping", damping, "[0, inf)")
@@ -310,6 +311,12 @@ def _damped(M: Tensor, damping: float) -> Tensor:
     return M + damping * mean * eye
 
 
+def _times(A: Tensor, M: Tensor) -> Tensor:
+    """``A @ M``; an M that many A share is not copied for each of them."""
+    return torch.einsum("...kd,...de->...ke", A, M)
+
+
+# %% 05_anisotropy sec-aniso-failure 2 348581b0
 def feature_gradient(F: Tensor, G: Tensor, batch: Moments) -> Tensor:
     """``Fᵀ (F G Q − mean y xᵀ)``, the gradient of half the squared error.
 
@@ -324,14 +331,15 @@ def feature_gradient(F: Tensor, G: Tensor, batch: Moments) -> Tensor:
     Source: Zhang et al. (2025), arXiv 2502.01763. Chapter 05,
     eq-al-gradients.
     """
-    return F.mT @ (F @ (G @ batch.xx) - batch.yx)
+    return F.mT @ (F @ _times(G, batch.xx) - batch.yx)
 
 
 def head_gradient(F: Tensor, G: Tensor, batch: Moments) -> Tensor:
     """``(F G Q − mean y xᵀ) Gᵀ``; see ``feature_gradient``."""
-    return (F @ (G @ batch.xx) - batch.yx) @ G.mT
+    return (F @ _times(G, batch.xx) - batch.yx) @ G.mT
 
 
+# %% 05_anisotropy sec-aniso-failure 3 7aeb8945
 def least_squares_head(
     G: Tensor, batch: Moments, damping: float = 1e-6
 ) -> Tensor:
@@ -352,8 +360,8 @@ def least_squares_head(
     Source: Zhang et al. (2025), arXiv 2502.01763. Chapter 05, "The
     features SGD learns".
     """
-    zz = _damped(G @ batch.xx @ G.mT, damping)
-    return torch.linalg.solve(zz, G @ batch.yx.mT).mT
+    zz = _damped(_times(G, batch.xx) @ G.mT, damping)
+    return torch.linalg.solve(zz, _times(G, batch.yx.mT)).mT
 
 
 def sgd_step(
@@ -401,7 +409,7 @@ def alternating_step(
     return least_squares_head(G, second), G
 
 
-# %% 05_anisotropy sec-aniso-repair 1 2b3f993d
+# %% 05_anisotropy sec-aniso-repair 1 5c32441f
 def kronecker_direction(
     F: Tensor, G: Tensor, batch: Moments, *,
     left: bool = True, right: bool = True, damping: float = 1e-6,
@@ -432,9 +440,9 @@ def kronecker_direction(
     """
     g = feature_gradient(F, G, batch)
     if left:
-        g = torch.linalg.solve(_damped(F.mT @ F, damping), g)
+        g = torch.linalg.inv(_damped(F.mT @ F, damping)) @ g
     if right:
-        g = g @ torch.linalg.inv(_damped(batch.xx, damping))
+        g = _times(g, torch.linalg.inv(_damped(batch.xx, damping)))
     return g
 
 

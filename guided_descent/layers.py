@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head dc11280d
+# %% head 6d05c6e3
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -26,15 +26,15 @@ from torch.nn import functional as F
 from torch.nn.utils.stateless import _reparametrize_module
 
 
-# %% 23_machinery sec-capture 2 2a33f205
+# %% 23_machinery sec-capture 2 36ce7f04
 class Layer:
     """One matrix of parameters: a weight, and its bias as one more column.
 
     Attributes:
         name: Where it is in the model: ``"encoder.0"``, ``"attention.q"``.
         kind: ``"linear"``; ``"conv"``, with the weight flattened to (channels out,
-            channels in · window); ``"embedding"``; ``"scale"``, the elementwise weight and
-            bias of a norm layer.
+            channels in · window); ``"embedding"``; ``"scale"``, the elementwise weight
+            and bias of a norm layer.
         weight: The parameter, if it is trained.
         bias: Its bias, if there is one and it is trained.
         transposed: Whether the matrix is the weight's transpose, as in an embedding.
@@ -79,11 +79,12 @@ class Layer:
         given = [(p, p.grad) for p in self.parameters]
         if all(g is None for _, g in given):
             return None
-        pairs = [(p, torch.zeros_like(p) if g is None else g.detach()) for p, g in given]
+        full = [torch.zeros_like(p) if g is None else g.detach() for p, g in given]
+        pairs = zip(self.parameters, full, strict=True)
         return torch.cat([self._columns(p, g) for p, g in pairs], 1)
 
     def pieces(self, matrix: Tensor) -> list[tuple[Parameter, slice, Tensor]]:
-        """How a (d_out, d_in) matrix falls apart: parameter, its rows meant, their part."""
+        """How a (d_out, d_in) matrix falls apart: parameter, rows of it, their part."""
         widths = [self._columns(p, p.detach()).shape[1] for p in self.parameters]
         made = []
         for p, part in zip(self.parameters, matrix.split(widths, 1), strict=True):
@@ -100,7 +101,7 @@ class Layer:
         return like[self._rows].T if self.transposed else like[self._rows].flatten(1)
 
 
-# %% 23_machinery sec-capture 3 ad3e2ef9
+# %% 23_machinery sec-capture 3 d652d7b0
 #: What is known by its class. A subclass with a ``forward`` of its own is not.
 KINDS = {
     "linear": (nn.Linear,),
@@ -135,12 +136,13 @@ def multiplies(module: nn.Module) -> tuple[str, bool] | None:
     own = dict(module.named_parameters())
     weight, bias = own.get("weight"), own.get("bias")
     others = own.keys() - {"weight", "bias"} or list(module.buffers())
-    if others or not isinstance(weight, Parameter) or weight.ndim != 2 or weight.is_meta:
+    if others or weight is None or weight.ndim != 2 or weight.is_meta:
         return None
     # In place of its own numbers, that may be zero, or symmetric.
     trial = {name: _numbers(*p.shape, like=p) for name, p in own.items()}
     weight, bias = trial["weight"], trial.get("bias")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _reparametrize_module(module, trial):
+    aside = torch.random.fork_rng(devices=[])
+    with torch.no_grad(), aside, _reparametrize_module(module, trial):
         for transposed in (False, True):
             matrix = weight.T if transposed else weight
             x = _numbers(4, matrix.shape[1], like=weight)
@@ -157,10 +159,10 @@ def multiplies(module: nn.Module) -> tuple[str, bool] | None:
 
 
 def _numbers(*shape: int, like: Tensor) -> Tensor:
-    return torch.arange(math.prod(shape), device=like.device).cos().view(shape).to(like.dtype)
+    return torch.arange(math.prod(shape), device=like.device).cos().view(shape).to(like)
 
 
-# %% 23_machinery sec-capture 4 05e6eba6
+# %% 23_machinery sec-capture 4 17558ee6
 class Site(NamedTuple):
     """A layer of a module: its whole weight, input channels and output features."""
 
@@ -199,7 +201,8 @@ def _matrices(name: str, module: nn.Module) -> Iterator[_Found]:
             if weight is None:
                 weight, features = own.get(f"{part}_proj_weight"), every
             label = f"{name}.{part}"
-            yield _Found(label, "linear", weight, biases, (features, rows), every, features)
+            both = (features, rows)
+            yield _Found(label, "linear", weight, biases, both, every, features)
         out = module.out_proj._parameters
         pair = out.get("weight"), out.get("bias")
         yield _Found(f"{name}.out_proj", "linear", *pair, (every, every), every, every)
@@ -223,14 +226,14 @@ def find_layers(
 ) -> tuple[list[Layer], list[tuple[nn.Module, list[Site]]]]:
     """The layers of a model, and its modules with the layers that each holds.
 
-    Modules with the same weight are one layer. Where an embedding shares its weight with a
-    linear layer, the linear layer stands for both. A bias that does not go with one weight
-    alone is in no layer.
+    Modules with the same weight are one layer. Where an embedding shares its weight
+    with a linear layer, the linear layer stands for both. A bias that does not go with
+    one weight alone is in no layer.
 
     Args:
         model: The model.
-        trained: The ``id`` of each parameter that may be in a layer. ``None``: of all that
-            require a gradient.
+        trained: The ``id`` of each parameter that may be in a layer. ``None``: of all
+            that require a gradient.
 
     Source: appendix "The machinery".
     """
@@ -246,8 +249,9 @@ def find_layers(
             real = isinstance(x.weight, Parameter) and not x.weight.is_complex()
             if real and {id(x.weight), id(x.bias)} & trained:
                 found.append((module, x._replace(name=x.name.removeprefix("."))))
-    linear = {x.keys[0] for _, x in found if x.kind != "embedding"}
-    found = [(m, x) for m, x in found if x.kind != "embedding" or x.keys[0] not in linear]
+    taken = {x.keys[0] for _, x in found if x.kind != "embedding"}
+    tied = [x for _, x in found if x.kind == "embedding" and x.keys[0] in taken]
+    found = [(module, x) for module, x in found if x not in tied]
     partners: dict[Any, set[Any]] = {}
     for _, x in found:
         w, b = x.keys

@@ -1,6 +1,6 @@
 # Generated from chapters/06_newton.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 3fd9fbcf
+# %% head c61853b2
 """Chapter 06, Newton and quasi-Newton."""
 
 __all__ = [
@@ -29,7 +29,7 @@ from guided_descent.core import Options, check_range
 from guided_descent.vector import Objective, VectorOptimizer
 
 
-# %% 06_newton sec-newton-step 2 c210b33d
+# %% 06_newton sec-newton-step 2 f34841e2
 class Newton(VectorOptimizer):
     """Newton's method, damped, with a line search.
 
@@ -74,6 +74,7 @@ class Newton(VectorOptimizer):
         defaults = {"lr": lr, "damping": damping, "line_search_fn": line_search_fn}
         super().__init__(params, defaults, **options)
 
+    # %% 06_newton sec-newton-step 3 35274063
     def search(
         self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
     ) -> Tensor:
@@ -227,7 +228,7 @@ def _rounding(f: float, g: Tensor) -> float:
     return 4 * torch.finfo(g.dtype).eps * abs(f)
 
 
-# %% 06_newton sec-cg 1 db4f22f8
+# %% 06_newton sec-cg 1 9ac78f5f
 def truncated_cg(
     product: Callable[[Tensor], Tensor],
     g: Tensor,
@@ -273,6 +274,7 @@ def truncated_cg(
     return z, r, False
 
 
+# %% 06_newton sec-cg 2 b7112fb9
 def _to_boundary(z: Tensor, p: Tensor, radius: float) -> Tensor:
     """How far from z the ray along p leaves the ball."""
     pp, zp, gap = p @ p, z @ p, radius**2 - z @ z
@@ -280,7 +282,7 @@ def _to_boundary(z: Tensor, p: Tensor, radius: float) -> Tensor:
     return gap / (zp + root) if zp > 0 else (root - zp) / pp
 
 
-# %% 06_newton sec-trust-region 1 94964dac
+# %% 06_newton sec-trust-region 1 bfa1cbf3
 class NewtonCG(VectorOptimizer):
     """Newton's method without a Hessian: conjugate gradients in a ball.
 
@@ -324,6 +326,7 @@ class NewtonCG(VectorOptimizer):
         defaults = {"lr": lr, "max_cg": max_cg, "max_factor": max_factor}
         super().__init__(params, defaults, **options)
 
+    # %% 06_newton sec-trust-region 2 f6652e3e
     def search(
         self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
     ) -> Tensor:
@@ -460,7 +463,7 @@ class QuasiNewton(VectorOptimizer):
             state.pop(name, None)
 
 
-# %% 06_newton sec-secant 3 9575c0c9
+# %% 06_newton sec-secant 3 b15088f0
 class BFGS(QuasiNewton):
     """BFGS: the inverse Hessian, learnt from gradients.
 
@@ -516,11 +519,7 @@ class BFGS(QuasiNewton):
         }
         super().__init__(params, defaults, **options)
 
-    def shorten(self, t: float, f: float, slope: float, state: dict) -> float:
-        drop = state.get("prev_loss", f) - f
-        short = -2.02 * drop / slope if slope < 0 else t
-        return short if 0 < short < t else t
-
+    # %% 06_newton sec-secant 4 dc6c8ee7
     def direction(self, g: Tensor, state: dict) -> Tensor:
         inverse = state.get("inverse_hessian")
         return -g if inverse is None else -inverse @ g
@@ -531,6 +530,12 @@ class BFGS(QuasiNewton):
             scale = group["initial_scale"] or (s @ y) / (y @ y)
             inverse = scale * torch.ones_like(s).diag()
         state["inverse_hessian"] = bfgs_update(inverse, s, y)
+
+    # %% 06_newton sec-secant 5 ee730802
+    def shorten(self, t: float, f: float, slope: float, state: dict) -> float:
+        drop = state.get("prev_loss", f) - f
+        short = -2.02 * drop / slope if slope < 0 else t
+        return short if 0 < short < t else t
 
 
 # %% 06_newton sec-lbfgs 1 cea96575
@@ -562,7 +567,7 @@ def two_loop(
     return q
 
 
-# %% 06_newton sec-lbfgs 2 e085901a
+# %% 06_newton sec-lbfgs 2 a0a2dcf3
 class LBFGS(QuasiNewton):
     """L-BFGS: BFGS from its last ``history_size`` pairs, without a matrix.
 
@@ -618,6 +623,7 @@ class LBFGS(QuasiNewton):
         }
         super().__init__(params, defaults, **options)
 
+    # %% 06_newton sec-lbfgs 3 2bdc4f24
     def direction(self, g: Tensor, state: dict) -> Tensor:
         if not state.get("old_stps"):
             return -g

@@ -1,6 +1,6 @@
 # Generated from chapters/01_steepest_descent.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head cc568bda
+# %% head da97cb58
 """Chapter 01, Steepest descent."""
 
 __all__ = [
@@ -135,7 +135,7 @@ def trajectory(
     return torch.stack(path)
 
 
-# %% 01_steepest_descent sec-one-rule 4 70bf9d70
+# %% 01_steepest_descent sec-one-rule 4 7d1fd96a
 class Quadratic(Problem):
     """``½ (x − x⋆)ᵀ H (x − x⋆)`` with chosen eigenvalues and eigenvectors.
 
@@ -177,6 +177,7 @@ class Quadratic(Problem):
         self.L, self.mu = float(lam[0]), float(lam[-1])
         self.kappa = self.L / self.mu
 
+    # %% 01_steepest_descent sec-one-rule 5 107ea606
     def loss(self, x: Tensor) -> Tensor:
         """The value at ``x``; a batch ``(…, d)`` gives a batch ``(…)``."""
         e = x - self.minimizer
@@ -191,7 +192,7 @@ class Quadratic(Problem):
         return self.H
 
 
-# %% 01_steepest_descent sec-one-rule 5 7d9b2f84
+# %% 01_steepest_descent sec-one-rule 6 7d9b2f84
 def rotation(angle: float) -> Tensor:
     """The 2×2 rotation by ``angle`` radians, counterclockwise; float64."""
     c, s = math.cos(angle), math.sin(angle)
@@ -225,7 +226,7 @@ def random_rotation(
     return q * r.diagonal().sign()
 
 
-# %% 01_steepest_descent sec-one-rule 6 cbea413f
+# %% 01_steepest_descent sec-one-rule 7 cbea413f
 def _check_shape(name: str, value: Tensor, like: Tensor) -> Tensor:
     if value.shape != like.shape:
         raise ValueError(
@@ -333,7 +334,7 @@ def _check_metric(P: Tensor, g: Tensor) -> Tensor:
     return factor
 
 
-# %% 01_steepest_descent sec-line-search 1 21617ed4
+# %% 01_steepest_descent sec-line-search 1 1ea2f123
 @torch.no_grad()
 def backtracking(
     loss: Callable[[Tensor], Tensor], x: Tensor, d: Tensor, g: Tensor, *,
@@ -371,20 +372,8 @@ def backtracking(
     Source: Armijo (1966), doi 10.2140/pjm.1966.16.1; Nocedal & Wright
         (2006), algorithm 3.1. Chapter 01, eq-armijo.
     """
-    for name, value in {"c": c, "shrink": shrink}.items():
-        check_range(name, value, "(0, 1)")
-    check_range("lr", lr, "(0, inf)")
-    if limit < 1:
-        raise ValueError(f"limit={limit} allows no trial; pass 1 or more")
-    slope = float((g * d).sum())
-    if not slope < 0:
-        raise ValueError(
-            f"d has slope ⟨g, d⟩ = {slope:g}; "
-            "pass a descent direction, such as -g (where g is not 0)"
-        )
-    f = float(loss(x))
-    if not math.isfinite(f):
-        raise ValueError(f"loss(x) = {f}; start where the loss is finite")
+    slope, f = float((g * d).sum()), float(loss(x))
+    _check_search(lr, c, shrink, limit, slope, f)
     rounding = 4 * torch.finfo(x.dtype).eps * abs(f)
     for k in range(limit):
         eta = lr * shrink**k
@@ -394,6 +383,24 @@ def backtracking(
         f"no step down to {eta:.3g} lowers the loss; "
         "make sure that g is its gradient, or raise limit"
     )
+
+
+# %% 01_steepest_descent sec-line-search 2 7830a079
+def _check_search(
+    lr: float, c: float, shrink: float, limit: int, slope: float, f: float
+) -> None:
+    for name, value in {"c": c, "shrink": shrink}.items():
+        check_range(name, value, "(0, 1)")
+    check_range("lr", lr, "(0, inf)")
+    if limit < 1:
+        raise ValueError(f"limit={limit} allows no trial; pass 1 or more")
+    if not slope < 0:
+        raise ValueError(
+            f"d has slope ⟨g, d⟩ = {slope:g}; "
+            "pass a descent direction, such as -g (where g is not 0)"
+        )
+    if not math.isfinite(f):
+        raise ValueError(f"loss(x) = {f}; start where the loss is finite")
 
 
 # %% 01_steepest_descent sec-beyond-quadratics 1 aba3fc30
@@ -437,7 +444,7 @@ class Rosenbrock(Problem):
         return (self.steepness * across**2 + along**2).sum(-1)
 
 
-# %% 01_steepest_descent sec-digits 1 587a49fd
+# %% 01_steepest_descent sec-digits 1 45d5bbee
 class LogisticRegression(Problem):
     """Softmax regression, with its optimum to the precision of the dtype.
 
@@ -483,25 +490,6 @@ class LogisticRegression(Problem):
         self.L = float(torch.linalg.eigvalsh(second_moment)[-1]) / 2 + l2
         self.mu = l2
 
-    def loss(self, W: Tensor) -> Tensor:
-        """Mean cross-entropy plus the penalty; one row of W per class."""
-        log_p = (self.inputs @ W.T).log_softmax(dim=1)
-        fit = -(self.targets * log_p).sum() / len(log_p)
-        return fit + self.l2 / 2 * (W * W).sum()
-
-    def gradient(self, W: Tensor) -> Tensor:
-        """``(p − y)ᵀ X / n + l2 · W``."""
-        p = (self.inputs @ W.T).softmax(dim=1)
-        return (p - self.targets).T @ self.inputs / len(p) + self.l2 * W
-
-    def hessian(self, W: Tensor) -> Tensor:
-        """``Σ (diag p − p pᵀ) ⊗ a aᵀ / n + l2 · I``, W row by row."""
-        p = (self.inputs @ W.T).softmax(dim=1)
-        S = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-        a, eye = self.inputs, torch.eye(W.numel()).to(W)
-        H = torch.einsum("nkl,ni,nj->kilj", S, a, a) / len(p)
-        return H.reshape(eye.shape) + self.l2 * eye
-
     @cached_property
     def minimizer(self) -> Tensor:
         """The optimum, by Newton's method with backtracking.
@@ -528,8 +516,28 @@ class LogisticRegression(Problem):
         """The loss at the optimum."""
         return float(self.loss(self.minimizer))
 
+    # %% 01_steepest_descent sec-digits 2 a3be6ac5
+    def loss(self, W: Tensor) -> Tensor:
+        """Mean cross-entropy plus the penalty; one row of W per class."""
+        log_p = (self.inputs @ W.T).log_softmax(dim=1)
+        fit = -(self.targets * log_p).sum() / len(log_p)
+        return fit + self.l2 / 2 * (W * W).sum()
 
-# %% 01_steepest_descent sec-digits 2 90217cf0
+    def gradient(self, W: Tensor) -> Tensor:
+        """``(p − y)ᵀ X / n + l2 · W``."""
+        p = (self.inputs @ W.T).softmax(dim=1)
+        return (p - self.targets).T @ self.inputs / len(p) + self.l2 * W
+
+    def hessian(self, W: Tensor) -> Tensor:
+        """``Σ (diag p − p pᵀ) ⊗ a aᵀ / n + l2 · I``, W row by row."""
+        p = (self.inputs @ W.T).softmax(dim=1)
+        S = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        a, eye = self.inputs, torch.eye(W.numel()).to(W)
+        H = torch.einsum("nkl,ni,nj->kilj", S, a, a) / len(p)
+        return H.reshape(eye.shape) + self.l2 * eye
+
+
+# %% 01_steepest_descent sec-digits 3 90217cf0
 def digits(
     *,
     center: bool = False,

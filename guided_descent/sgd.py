@@ -1,6 +1,6 @@
 # Generated from chapters/03_momentum.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 717e2a63
+# %% head 1b5e9e0c
 """Chapter 03, Momentum."""
 
 __all__ = [
@@ -132,7 +132,7 @@ class SGD(Optimizer):
             )
 
 
-# %% 03_momentum sec-two-by-two 1 1ec03738
+# %% 03_momentum sec-two-by-two 1 901997af
 def spectral_radius(
     lr: float | Tensor,
     momentum: float | Tensor,
@@ -168,6 +168,7 @@ def spectral_radius(
     return torch.where(gap < 0, c.clamp(min=0).sqrt(), real)
 
 
+# %% 03_momentum sec-two-by-two 2 b32c664d
 def _number(x: float | Tensor) -> Tensor:
     if isinstance(x, Tensor) and x.is_floating_point():
         return x

@@ -1,27 +1,35 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 440a78df
+# %% head ff9147d8
 """Chapter 23, The machinery."""
 
 __all__ = [
     "Objective",
     "VectorOptimizer",
     "flat",
+    "processes",
     "pull",
     "unflat",
 ]
 
 
-# %% 23_machinery sec-vector 1 10bc2d7b
+# %% 23_machinery sec-vector 1 91d7c407
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from guided_descent.core import Optimizer, Options, check_choice
+from guided_descent.core import Group, Optimizer, Options, check_choice
+
+
+def processes(group: Any = None) -> int:
+    """How many processes run together: one without ``torch.distributed``."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size(group)
+    return 1
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -51,12 +59,11 @@ def pull(
     return torch.autograd.grad(y, x, u, is_grads_batched=rows, **keep)
 
 
-# %% 23_machinery sec-vector 2 4553e59d
+# %% 23_machinery sec-vector 2 eddfdbf9
 class Objective:
-    """A closure's loss as a function of one vector: all parameters.
+    """A closure's loss as a function of one vector: all parameters that are not frozen.
 
-    Frozen parameters are left out. Each evaluation reads numbers back to the
-    host.
+    Each evaluation reads numbers back to the host.
 
     Args:
         params: The parameters, on one device.
@@ -109,18 +116,15 @@ class Objective:
         self.calls += 1
         self._check_loss(loss)
         if self.differentiates:
-            slopes = self._differentiate(loss, graph)
-            self.slopes, loss = slopes, loss.detach()
+            slopes = self.slopes = self._differentiate(loss, graph)
+            loss = loss.detach()
         else:
             slopes = self._collect()
         for g, p in zip(slopes, self.params, strict=True):
             if g.layout is not torch.strided:
-                raise ValueError(
-                    f"a gradient has layout {g.layout} for a parameter of shape "
-                    f"{tuple(p.shape)}; use a dense one (nn.Embedding: sparse=False)"
-                )
-        if self.loss is None:
-            self.loss = loss
+                told = f"the gradient of a parameter {tuple(p.shape)} is sparse"
+                raise ValueError(f"{told}; use a dense one (Embedding: sparse=False)")
+        self.loss = loss if self.loss is None else self.loss
         return self.sign * float(loss), self.sign * flat(slopes).detach()
 
     def product(self, v: Tensor) -> Tensor:
@@ -131,10 +135,10 @@ class Objective:
         except RuntimeError as error:
             if "is not implemented" not in str(error):
                 raise
+            remedy = "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
             raise RuntimeError(
                 f"no second derivative: {error}; use operations that have one "
-                "(attention: run the closure's forward pass under "
-                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
+                f"(attention: run the closure's forward pass {remedy})"
             ) from error
         pairs = zip(Hv, self.params, strict=True)  # a zero has no rows yet
         Hv = [h.expand((*rows, *p.shape)).reshape(*rows, p.numel()) for h, p in pairs]
@@ -153,35 +157,26 @@ class Objective:
             fine = isinstance(loss, Real) and not self.differentiates
             kind = f"type {type(loss).__name__}"
         if not fine:
-            raise TypeError(
-                f"the closure returned something of {kind}; "
-                "let it return the loss, a tensor with one element"
-            )
+            remedy = "let it return the loss, a tensor with one element"
+            raise TypeError(f"the closure returned something of {kind}; {remedy}")
 
     def _collect(self) -> list[Tensor]:
         """The gradients that the closure's ``backward`` has left."""
         if all(p.grad is None for p in self.params):
-            raise RuntimeError(
-                "the closure left no gradient in any parameter; "
-                "let it call loss.backward() before it returns the loss"
-            )
-        return [
-            torch.zeros_like(p) if p.grad is None else p.grad for p in self.params
-        ]
+            told = "the closure left no gradient in any parameter"
+            raise RuntimeError(f"{told}; let it call loss.backward() before it returns")
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
 
     def _differentiate(self, loss: Tensor, graph: bool) -> tuple[Tensor, ...]:
         """The gradients of a loss that nobody has differentiated yet."""
         if not loss.requires_grad:
             raise RuntimeError(
-                "the closure's loss does not depend on the parameters; let it "
-                "return the loss itself, not a detached copy or .item()"
+                "the closure's loss does not depend on the parameters; let it return "
+                "the loss itself, not a detached copy or .item()"
             )
-        keep = {"retain_graph": True, "materialize_grads": True}
-        one = torch.ones_like(loss)
+        keep = {"retain_graph": True, "materialize_grads": True, "create_graph": graph}
         try:
-            return torch.autograd.grad(
-                loss, self.params, one, create_graph=graph, **keep
-            )
+            return torch.autograd.grad(loss, self.params, torch.ones_like(loss), **keep)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -191,33 +186,34 @@ class Objective:
             ) from error
 
 
-# %% 23_machinery sec-vector 3 0495b7fa
+# %% 23_machinery sec-vector 3 82446e4f
 class VectorOptimizer(Optimizer):
     """The base of methods that treat all parameters as one vector.
 
-    A subclass has ``search(objective, f, g, group, state)``. It returns the new
-    point, and changes ``state``, a copy of what was remembered.
+    A subclass has ``search(objective, f, g, group, state)``. It returns the new point,
+    and changes ``state``, a copy of what was remembered.
 
-    A step reads losses back to the host. It needs a closure, takes one parameter
-    group, and runs as written: there is only ``engine="auto"`` or ``"loop"``. The
-    state belongs to the first parameter, as in ``torch.optim.LBFGS``.
+    A step reads losses back to the host. It needs a closure, takes one parameter group,
+    and
+    runs as written: there is only ``engine="auto"`` or ``"loop"``. The state belongs to
+        the
+    first parameter, as in ``torch.optim.LBFGS``.
 
-    Where the loss or a gradient is not finite at the start of a step,
-    ``nonfinite`` decides: ``"skip"`` (the default here) changes nothing and
-    counts, ``"raise"`` raises, ``"propagate"`` takes the step −lr·g. Trial points
-    where the loss is not finite are refused like those where it is too large. If
-    the closure raises, the parameters are put back.
+    Where the loss or a gradient is not finite at the start of a step, ``nonfinite``
+    decides: ``"skip"`` (the default here) changes nothing and counts, ``"raise"``
+    raises, ``"propagate"`` takes the step −lr·g. Trial points where the loss is not
+    finite are refused like those where it is too large. If the closure raises, the
+    parameters are put back. On several processes loss and gradient have to be the same
+    on all.
 
     Args:
         params: Parameters, or one group, as in ``torch.optim``.
         defaults: The method's hyperparameters.
         **options: ``maximize``, ``engine`` and ``nonfinite``, see ``Options``.
-            There is no ``state_dtype``.
 
     Raises:
-        ValueError: A second group; parameters that are sharded, complex, of 16
-            bits, of several types or on several devices; a hyperparameter out of
-            range.
+        ValueError: A second group; parameters that are sharded, complex, of 16 bits, of
+            several types or on several devices; a hyperparameter out of range.
 
     Source: appendix "The machinery".
     """
@@ -236,7 +232,7 @@ class VectorOptimizer(Optimizer):
         super().__init__(params, defaults, **{"nonfinite": "skip", **options})
 
     def search(
-        self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
+        self, objective: Objective, f: float, g: Tensor, group: Group, state: dict
     ) -> Tensor:
         """The new point, from the loss and the gradient at the old one."""
         raise TypeError(f"{type(self).__name__} has no search")
@@ -249,20 +245,19 @@ class VectorOptimizer(Optimizer):
         """Take one step.
 
         Args:
-            closure: Clears the gradients, computes the loss, and returns it. It
-                calls ``backward`` for ``BFGS`` and ``LBFGS``, and does not for
-                ``Newton`` and ``NewtonCG``. Within a step it is the same function
-                each time: one batch, no dropout.
+            closure: Clears the gradients, computes the loss, and returns it. It calls
+                ``backward`` unless the method ``differentiates``. Within a step it is
+                the same function each time: one batch, no dropout.
 
         Returns:
             The loss at the point where the step began.
 
         Raises:
             TypeError: There is no closure, or it returns no loss.
-            RuntimeError: The closure called ``backward`` where it should not, or
-                did not where it should.
-            ValueError: A sparse gradient; no parameter is free; a parameter has
-                another shape than it had.
+            RuntimeError: The closure called ``backward`` where it should not, or did
+                not where it should; processes see different losses.
+            ValueError: A sparse gradient; no parameter is free; a parameter has another
+                shape than it had.
             FloatingPointError: The loss or its gradient is not finite, under
                 ``nonfinite="raise"``.
             Nothing has changed then.
@@ -277,29 +272,22 @@ class VectorOptimizer(Optimizer):
         params, lr = group["params"], float(group["lr"])
         self._check_params(params)
         if not any(p.requires_grad for p in params):
-            raise ValueError(
-                f"{kind} has nothing to train, every parameter is frozen; call "
-                "requires_grad_() on those that should move"
-            )
+            told = f"{kind} has nothing to train, every parameter is frozen"
+            raise ValueError(f"{told}; call requires_grad_() on those that should move")
         state = {"n_iter": 0, "func_evals": 0, **self.state.get(params[0], {})}
         if why := self.misfit(params[0], state, group):
-            raise ValueError(
-                f"{kind}'s memory is of other parameters: {why}; make a new optimizer "
-                "after changing a shape"
-            )
+            told = f"{kind}'s memory is of other parameters: {why}"
+            raise ValueError(f"{told}; make a new optimizer after changing a shape")
         shapes = _shapes(params)
         if state.get("shapes", shapes) != shapes:  # some were frozen, or set free
             self.forget(state)
         state["shapes"] = shapes
-        objective = Objective(
-            params,
-            closure,
-            maximize=group["maximize"],
-            differentiates=self.differentiates,
-        )
+        options = {"maximize": group["maximize"], "differentiates": self.differentiates}
+        objective = Objective(params, closure, **options)
         x = new = objective.x
         try:
             f, g = objective(graph=self.twice)
+            self._check_alike(f, g)
             if not (math.isfinite(f) and bool(g.isfinite().all())):
                 objective.move(self._not_finite(x, g, group))
                 return objective.loss
@@ -313,18 +301,33 @@ class VectorOptimizer(Optimizer):
         self.state[params[0]] = state
         return objective.loss
 
-    def _not_finite(self, x: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
+    def _check_alike(self, f: float, g: Tensor) -> None:
+        """Refuse other losses on other processes: replicas would drift apart."""
+        if processes() == 1:
+            return
+        mine = torch.stack([g.new_tensor(f), g.sum(), g.square().sum()]).nan_to_num()
+        seen = torch.cat([mine, -mine])
+        distributed.all_reduce(seen, distributed.ReduceOp.MAX)
+        if not torch.equal(seen[:3], -seen[3:]):
+            raise RuntimeError(
+                f"{processes()} processes have losses or gradients of their own, and "
+                f"{type(self).__name__} would drift apart on them; let the closure "
+                "return the mean over processes, differentiably, or use KFAC, or an "
+                "elementwise method"
+            )
+
+    def _not_finite(self, x: Tensor, g: Tensor, group: Group) -> Tensor:
         if group["nonfinite"] == "raise":
             raise FloatingPointError(
-                "the loss or its gradient is not finite and nonfinite='raise'; "
-                "start elsewhere, or use nonfinite='skip'"
+                "the loss or its gradient is not finite and nonfinite='raise'; start "
+                "elsewhere, or use nonfinite='skip'"
             )
         if group["nonfinite"] == "propagate":
             return x - float(group["lr"]) * g
         self.skipped = torch.tensor(self.skipped_steps + 1)
         return x
 
-    def misfit(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str:
+    def misfit(self, p: Tensor, state: dict[str, Any], group: Group) -> str:
         """Why a memory is not one of the parameters as they are, or nothing."""
         params = group["params"]
         shapes = _shapes(params)
@@ -343,54 +346,42 @@ class VectorOptimizer(Optimizer):
                     return f"{name} has shape {tuple(x.shape)} for {d} parameters"
         return ""
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Add the one group there is."""
         if self.param_groups:
-            raise ValueError(
-                f"{type(self).__name__} treats all parameters as one vector; "
-                "pass one group"
-            )
+            told = f"{type(self).__name__} treats all parameters as one vector"
+            raise ValueError(f"{told}; pass one group")
         super().add_param_group(param_group)
         self._check_params(self.param_groups[0]["params"])
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         if "line_search_fn" in group:
-            choices = ("strong_wolfe", None)
-            check_choice("line_search_fn", group["line_search_fn"], choices)
-        if group["state_dtype"] is not None:
-            raise ValueError(
-                f"state_dtype={group['state_dtype']} is not valid for "
-                f"{type(self).__name__}, whose memory has the parameters' type; "
-                "pass None"
-            )
+            search = group["line_search_fn"]
+            check_choice("line_search_fn", search, ("strong_wolfe", None))
+        if (dtype := group["state_dtype"]) is not None:
+            why = f"the memory of {type(self).__name__} has the parameters' type"
+            raise ValueError(f"state_dtype={dtype} is not valid: {why}; pass None")
 
     def _check_params(self, params: list[Tensor]) -> None:
         """Refuse free parameters that do not make a vector."""
         # The first one counts too: a memory that is loaded takes its type.
         free = [p for p in params if p.requires_grad or p is params[0]]
+        dtype, device = free[0].dtype, free[0].device
         for p in free:
-            got = f"{type(self).__name__} got a parameter of shape {tuple(p.shape)}"
+            why = ""
             if hasattr(p, "to_local"):
-                raise ValueError(
-                    f"{got} that is sharded (a DTensor), and needs whole ones; keep "
-                    "the model in one process, or use an elementwise method (AdamW)"
-                )
-            if p.is_complex():
-                raise ValueError(
-                    f"{got} that is complex; pass torch.view_as_real of it"
-                )
-            if self.compares and p.dtype.itemsize < 4:
-                raise ValueError(
-                    f"{got} and type {p.dtype}, too coarse to compare losses; keep "
-                    "the parameters in float32 and use autocast"
-                )
-            mixed = self.compares and p.dtype != free[0].dtype
-            if mixed or p.device != free[0].device:
-                raise ValueError(
-                    f"{got}, {p.dtype} on {p.device}, beside one of {free[0].dtype} on "
-                    f"{free[0].device}; use one type and one device"
-                )
+                why = "is sharded (a DTensor); use an elementwise method such as AdamW"
+            elif p.is_complex():
+                why = "is complex; pass torch.view_as_real of it"
+            elif self.compares and p.dtype.itemsize < 4:
+                why = f"is {p.dtype}, too coarse to compare losses; use float32"
+            elif self.compares and p.dtype != dtype or p.device != device:
+                why = f"is {p.dtype} on {p.device}, beside one of {dtype} on {device}"
+                why = f"{why}; use one type and one device"
+            if why:
+                kind, shape = type(self).__name__, tuple(p.shape)
+                raise ValueError(f"{kind} got a parameter of shape {shape} that {why}")
 
 
 def _shapes(params: list[Tensor]) -> list[tuple[int, ...] | None]:

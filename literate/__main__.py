@@ -1,4 +1,4 @@
-"""`python -m literate tangle | weave | untangle | check | locate`."""
+"""`python -m literate tangle | weave | untangle | check | race | locate`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("check", help="find where chapters, package and notebooks disagree")
     verb.set_defaults(run=_check)
 
+    verb = verbs.add_parser("race", help="run the race of the front page (minutes; weave does it when it is stale)")
+    verb.set_defaults(run=_race)
+
     verb = verbs.add_parser("locate", help="the chapter line behind a package line, or the reverse")
     verb.add_argument("place", metavar="FILE:LINE")
     verb.set_defaults(run=_locate)
@@ -63,6 +66,7 @@ def _tangle(options: argparse.Namespace) -> int:
 
 
 def _weave(options: argparse.Namespace) -> int:
+    from literate import front
     from literate.tangle import tangle
     from literate.weave import select, summary, weave
 
@@ -72,6 +76,10 @@ def _weave(options: argparse.Namespace) -> int:
     results = weave(book, chapters, everything=options.everything, jobs=options.jobs, force=options.force)
     print(summary(results))
     failures = [result.failure for result in results if result.failure]
+    if not failures and not options.chapters and front.shown(book) and front.stale(book):
+        from literate.race import run
+
+        run(book)
     for failure in failures:
         print(f"\n{failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -96,6 +104,13 @@ def _check(options: argparse.Namespace) -> int:
         print(finding)
     print(f"{len(findings)} to mend" if findings else "chapters, package and notebooks agree")
     return 1 if findings else 0
+
+
+def _race(options: argparse.Namespace) -> int:
+    from literate.race import run
+
+    run(Book.load())
+    return 0
 
 
 def _locate(options: argparse.Namespace) -> int:

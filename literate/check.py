@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from literate import notebook, pieces
+from literate import front, notebook, pieces
 from literate.depend import code_cells, magics, syntax
 from literate.myst import SourceError, directive, parse
 from literate.plain import Plain, figure_caption
@@ -18,6 +18,7 @@ from literate.tangle import BANNER, first_difference, hand_edit, package
 
 IMAGES = ("image/png", "image/jpeg", "image/svg+xml")
 LARGEST_IMAGE = 40_000  # bytes
+WIDEST = 88  # columns of a code cell: no box on a page scrolls
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
 
 
@@ -37,6 +38,10 @@ def check(book: Book) -> list[Finding]:
     """Everything that is not as it should be, in order of file and line."""
     checked: set[str] = set()
     findings = [*_package(book), *_contents(book)]
+    try:
+        front.stored(book) if front.shown(book) else None
+    except SourceError as error:
+        findings.append(Finding(error.file, error.line, error.message))
     for chapter in book.chapters:
         findings += _text(book, chapter)
         findings += _code(book, chapter)
@@ -127,11 +132,15 @@ def _text(book: Book, chapter: Chapter) -> Iterator[Finding]:
 
 
 def _code(book: Book, chapter: Chapter) -> Iterator[Finding]:
-    """No magics; methods reach the package; checks name equations; a cell that is not compared asserts."""
+    """No long lines, no magics; methods reach the package; checks name equations; what is not compared asserts."""
     exported = {export.cell for export in chapter.exports}
     for index, cell in enumerate(chapter.cells):
         if cell.kind != "code":
             continue
+        for offset, text in enumerate(cell.source.split("\n")):
+            if len(text) > WIDEST:
+                what = f"{len(text)} columns of code; break the line, at most {WIDEST} fit a page"
+                yield Finding(chapter.file, cell.line + offset, what)
         try:
             tree = syntax(chapter, cell)
         except SourceError as error:

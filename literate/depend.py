@@ -34,15 +34,26 @@ def used(book: Book, chapter: Chapter) -> dict[str, int]:
     for mentions, line in found:
         for module in mentions.modules(book, aliases):
             lines.setdefault(module, line)
-    todo = list(lines)
-    while todo:
-        module = todo.pop()
-        mentions = _mentions(parsed("\n".join(export.code for _, export in book.modules[module])))
-        for name in mentions.modules(book, mentions.aliases):
-            if name not in lines:
-                lines[name] = lines[module]
-                todo.append(name)
+    for module in list(lines):
+        for name in _closure(book, {module}) - lines.keys():
+            lines[name] = lines[module]
     return lines
+
+
+def reached(book: Book, code: str) -> set[str]:
+    """The modules that a piece of code uses, directly or through others."""
+    mentions = _mentions(parsed(code))
+    return _closure(book, set(mentions.modules(book, mentions.aliases)))
+
+
+def _closure(book: Book, modules: set[str]) -> set[str]:
+    todo, found = list(modules), set(modules)
+    while todo:
+        mentions = _mentions(parsed("\n".join(export.code for _, export in book.modules[todo.pop()])))
+        new = set(mentions.modules(book, mentions.aliases)) - found
+        found |= new
+        todo += new
+    return found
 
 
 @cache

@@ -187,8 +187,10 @@ class Plain:
             return shown or target
         if name.startswith("py:"):
             target = target.removeprefix("~")
-            page = f"{self.book.site}chapters/api.html#"
-            return f"[`{shown or target.rpartition('.')[2]}`]({page}{target if '.' in target else f'module-{target}'})"
+            module = target.removeprefix(f"{PACKAGE}.").partition(".")[0]
+            anchor = target if target.count(".") > 1 else f"module-{target}"
+            page = f"{self.book.site}chapters/api/{module}.html#{anchor}"
+            return f"[`{shown or target.rpartition('.')[2]}`]({page})"
         if name == "math":
             return f"${self.expand(text)}$"
         raise self.error(line, f"unknown role {{{name}}}; use one of those in literate/plain.py")

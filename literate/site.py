@@ -24,20 +24,26 @@ from typing import Any
 import nbformat
 from docutils import nodes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from sphinx import addnodes
 from sphinx.environment.collectors.toctree import TocTreeCollector
 from sphinx.errors import ExtensionError
 from sphinx.util import inspect
 
+from literate import api, front, search
+from literate.figures import inlined
+from literate.fold import folded
 from literate.notebook import PLOTLY, PUBLISHED, TICK, draft_outputs, stored_outputs
 from literate.plain import added
 from literate.source import PACKAGE, Book, Chapter, Export, Label, SourceError, shown
+from literate.ticks import explained, parted
+from literate.weight import copy_mathjax, keep_used_icons
 
 ASSETS = Path(__file__).parent / "assets"
-API = "chapters/api"
 ROOT_PAGE = "chapters/index"
 # Plotly figures met while reading: name -> JSON. They become scripts of their own, fetched when the page needs them:
 # the page stays light, and a script (unlike a fetch) also loads from file://.
 figures: dict[str, str] = {}
+CHAPTER = re.compile(r"\b[Cc]hapters?[ \xa0]\d\d(?:(?:, | and | to |–)\d\d)*\b")
 
 
 @cache
@@ -55,6 +61,8 @@ def refuse_stale(app: Any) -> None:
             stored_outputs(this, chapter)
         except SourceError as error:
             found.append(str(error))
+    if front.shown(this) and (problem := front.stale(this)):
+        found.append(problem)
     if found:
         raise ExtensionError("\n".join(["stored outputs that are not current", *found]))
 
@@ -91,8 +99,9 @@ def read(text: str, root: str, stem: str, draft: bool) -> nbformat.NotebookNode:
 def present(output: Any, metadata: dict[str, Any], name: str) -> list[Any]:
     """A stored output as the page shows it: checks as one quiet line, Plotly figures as an element that loads them."""
     if output.output_type == "stream" and output.name == "stdout" and TICK.search(output.text):
-        return [markdown(check_line(line)) if TICK.fullmatch(line) else new_output("stream", name="stdout", text=line)
-                for line in output.text.splitlines()]
+        words, ticks = parted(output.text)
+        said = [new_output("stream", name="stdout", text=words)] if words.strip() else []
+        return [*said, *([new_output("display_data", data={"text/markdown": ticks})] if ticks else [])]
     if PLOTLY in output.get("data", {}):
         figure = output.data[PLOTLY]
         figures[name] = json.dumps(figure, separators=(",", ":"), ensure_ascii=False)
@@ -102,17 +111,6 @@ def present(output: Any, metadata: dict[str, Any], name: str) -> list[Any]:
                 f'aria-label="{alt.replace(chr(34), "&quot;")}"></div>')
         return [new_output("display_data", data={"text/html": html})]
     return [output]
-
-
-def markdown(text: str) -> nbformat.NotebookNode:
-    return new_output("display_data", data={"text/markdown": text})
-
-
-def check_line(line: str) -> str:
-    """`✓ (eq-x) within 1e-12` with the equation's number in place of its label."""
-    match = TICK.fullmatch(line)
-    assert match
-    return f":::{{div}} gd-check\n✓ {{eq}}`{match['label']}` {match['text']}\n:::"
 
 
 def badge(export: Export) -> str:
@@ -143,27 +141,57 @@ def number_chapters(app: Any, env: Any) -> list[str]:
         env.toc_secnumbers[docname] = {anchor: mend(n) for anchor, n in numbers.items() if mend(n)}
         for node in [*env.tocs[docname].findall(nodes.reference), env.titles[docname]]:
             node["secnumber"] = mend(node.get("secnumber"))
-    return TocTreeCollector().assign_figure_numbers(env)
+    numbered = TocTreeCollector().assign_figure_numbers(env)
+    # then as the text writes it, chapter 03: in titles, sidebar and next page; equations and figures stay (3.1)
+    for docname, numbers in env.toc_secnumbers.items():
+        env.toc_secnumbers[docname] = {anchor: two_digits(n) for anchor, n in numbers.items()}
+        for node in [*env.tocs[docname].findall(nodes.reference), env.titles[docname]]:
+            node["secnumber"] = two_digits(node.get("secnumber"))
+    return numbered
+
+
+def two_digits(number: Any) -> Any:
+    return type(number)([f"{number[0]:02d}"]) if number and len(number) == 1 else number
+
+
+def link_chapters(app: Any, doctree: nodes.document) -> None:
+    """`chapter 07` in running text, also in a docstring, is a link."""
+    pages = {f"{c.number:02d}": c.docname for c in book(str(app.srcdir)).chapters}
+    closed = (nodes.reference, addnodes.pending_xref, nodes.title, nodes.literal, nodes.literal_block, nodes.raw,
+              nodes.math, nodes.math_block, nodes.comment, addnodes.desc_signature)  # fmt: skip
+    for text in list(doctree.findall(nodes.Text)):
+        words, above = text.astext(), text.parent
+        if not CHAPTER.search(words):
+            continue
+        while above and not isinstance(above, closed):
+            above = above.parent
+        if above is not None:
+            continue
+        new: list[nodes.Node] = []
+        done = 0
+        for match in CHAPTER.finditer(words):
+            for number in re.finditer(r"\d\d", match[0]):
+                start, end = match.start() + number.start(), match.start() + number.end()
+                if number[0] not in pages or pages[number[0]] == app.env.docname:
+                    continue
+                alone = len(re.findall(r"\d\d", match[0])) == 1
+                start = match.start() if alone else start
+                link = addnodes.pending_xref(
+                    "", nodes.inline("", words[start:end]), refdomain="std", reftype="doc", refexplicit=True,
+                    reftarget=f"/{pages[number[0]]}", refdoc=app.env.docname, refwarn=False,
+                )  # fmt: skip
+                new += [nodes.Text(words[done:start]), link]
+                done = end
+        if new:
+            text.parent.replace(text, [*new, nodes.Text(words[done:])])
 
 
 # ---------------------------------------------------------------- from the API page back to the derivation
 
 
 def api_page(app: Any, docname: str, source: list[str]) -> None:
-    """Append a section for each module to the API page."""
-    if docname != API:
-        return
-    for module, pairs in book(str(app.srcdir)).modules.items():
-        home = f"{PACKAGE}.{module}"
-        chapters = " and ".join(dict.fromkeys(f"{{doc}}`/{chapter.docname}`" for chapter, _ in pairs))
-        # automodule leaves out constants without a `#:` comment
-        names = [(name, e.code) for _, e in pairs for name in e.names]
-        constants = [name for name, code in names if not re.search(rf"^(class|def) {name}\b", code, re.MULTILINE)]
-        entries = [f".. automodule:: {home}", "   :members:", "   :show-inheritance:"]
-        entries += [f"   :exclude-members: {', '.join(constants)}"] if constants else []
-        entries += [line for name in constants for line in ("", f".. autodata:: {home}.{name}")]
-        source[0] += f"\n\n(api-{module})=\n## `{module}`\n\nFrom {chapters}.\n\n"
-        source[0] += "\n".join(["```{eval-rst}", *entries, "```", ""])
+    """Add what the package says of itself to its pages."""
+    source[0] += api.page(book(str(app.srcdir)), docname)
 
 
 def signature(app: Any, what: str, name: str, obj: Any, options: Any, arguments: str, returns: str) -> Any:
@@ -228,6 +256,7 @@ def configure(app: Any, config: Any) -> None:
         for c in this.chapters
     }
     config.html_static_path.append(str(ASSETS))
+    config.templates_path.append(str(ASSETS.parent / "templates"))
     config.html_theme_options |= {
         "extra_footer": footer(this),
         "logo": {"text": config.html_title, "alt_text": ""},  # the text beside it says it
@@ -257,12 +286,23 @@ def adjust_page(app: Any, pagename: str, templatename: str, context: dict[str, A
     """Colab opens the branch that carries the published notebooks; edits go to the branch that carries the text."""
     # docutils' role for a reference is deprecated, and a list has to hold list items; sphinx-exercise repeats an id
     body = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
-    context["body"] = re.sub(r'<section id="(\w+-content)">', r'<section class="\1">', body)
+    body = re.sub(r'<section id="(\w+-content)">', r'<section class="\1">', body)
+    first = book(str(app.srcdir)).chapters[:1]
+    body = explained(body, first=any(chapter.docname == pagename for chapter in first))
+    context["body"] = inlined(folded(body), app)
+    if 'class="math' not in body:
+        context["script_files"] = [file for file in context["script_files"] if not about_mathematics(file)]
     for group in context.get("header_buttons", []):
+        if pagename.startswith(f"{api.OVERVIEW}/") and "buttons" in group:
+            group["buttons"] = [b for b in group["buttons"] if b.get("text") != "Suggest edit"]
         for button in group.get("buttons", []):
             if button.get("text") == "Colab":
                 branch = book(str(app.srcdir)).config["repository"]["branch"]
                 button["url"] = button["url"].replace(f"/blob/{branch}/", f"/blob/{PUBLISHED}/")
+
+
+def about_mathematics(file: Any) -> bool:
+    return "mathjax/" in (file.filename or "") or "window.MathJax" in file.attributes.get("body", "")
 
 
 def finish(app: Any, error: Exception | None) -> None:
@@ -270,12 +310,9 @@ def finish(app: Any, error: Exception | None) -> None:
     if error or app.builder.format != "html":
         return
     static = Path(app.outdir) / "_static"
-    mathjax = package_folder("sphinx-mathjax-offline") / "static/mathjax"
-    for part in ["tex-chtml-full.js", "output/chtml", "a11y", "sre/mathmaps/en.json"]:
-        target = static / "mathjax" / part
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree if (mathjax / part).is_dir() else shutil.copy2
-        copy(mathjax / part, target)
+    copy_mathjax(package_folder("sphinx-mathjax-offline") / "static/mathjax", static, app.config.mathjax3_config)
+    keep_used_icons(Path(app.outdir))
+    front.publish(book(str(app.srcdir)), static, draft=app.config.draft)
     if figures:
         shutil.copy2(package_folder("plotly") / "package_data/plotly.min.js", static)
         (static / "figures").mkdir()
@@ -298,14 +335,18 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("config-inited", configure, priority=900)
     app.connect("builder-inited", refuse_stale)
     app.connect("source-read", api_page)
+    app.connect("doctree-read", link_chapters)
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", link_back, priority=900)  # after napoleon
     app.connect("object-description-transform", shorten_types, priority=900)  # after autodoc's type hints
     app.connect("env-get-updated", number_chapters, priority=900)
     app.connect("html-page-context", adjust_page, priority=900)
     app.connect("build-finished", finish)
+    search.setup(app)
     app.add_css_file("site.css", priority=900)
+    app.add_css_file("web.css", priority=901)
     app.add_js_file("site.js", loading_method="defer")
+    app.add_js_file("tips.js", loading_method="defer")
     return {"parallel_read_safe": False, "parallel_write_safe": False}
 
 
@@ -335,13 +376,14 @@ def build(root: Path, out: Path, draft: list[str] | None = None) -> int:
     """Build the site afresh beside `out`, and put it there when there was no warning, or it is a draft of pages."""
     from jupyter_book.sphinx import build_sphinx
 
-    start = time.perf_counter()
+    start, this = time.perf_counter(), Book.load(root)
+    api.write_stubs(this)
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".site-", dir=out.parent))
     toc = root / "_toc.yml"
     if draft:
         toc = stage / "_toc.yml"
-        pages = [{"file": f"chapters/{name}"} for name in draft]
+        pages = [api.contents(this) if name == "api" else {"file": f"chapters/{name}"} for name in draft]
         part = {"caption": "Draft", "numbered": True, "chapters": pages}
         toc.write_text(json.dumps({"format": "jb-book", "root": ROOT_PAGE, "parts": [part]}))  # JSON is YAML
     try:

@@ -430,7 +430,7 @@ class _Labels:
             self.headings[level:] = [0] * (6 - level)
         chapter = self.chapter.number
         path = [] if chapter is None else [chapter, *self.headings[1:level]]
-        number = ".".join(map(str, path))
+        number = f"{chapter:02d}" if len(path) == 1 else ".".join(map(str, path))
         for name, line in targets:
             self.add(name, "sec", number, title, line, "Section")
         if targets or level < 3:

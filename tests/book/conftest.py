@@ -16,10 +16,10 @@ from literate.source import Book
 ROOT = Path(__file__).parents[2]
 
 
-def run_build(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
+def run_build(root: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Build the site of the book in `root` with this tree's tool."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "literate.site", "--out", str(out)]
+    command = [sys.executable, "-m", "literate.site", "--out", str(out), *options]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -40,7 +40,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def build() -> Callable[[Path, Path], subprocess.CompletedProcess[str]]:
+def build() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run_build
 
 

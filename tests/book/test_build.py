@@ -19,7 +19,7 @@ from literate import notebook
 from literate.source import Book
 
 ROOT = Path(__file__).parents[2]
-Build = Callable[[Path, Path], subprocess.CompletedProcess[str]]
+Build = Callable[..., subprocess.CompletedProcess[str]]
 CHAPTER = """\
 ---
 jupytext:
@@ -114,6 +114,34 @@ def test_a_stale_output_fails_and_the_old_site_stays(small: Path, build: Build) 
     assert [path.name for path in site.parent.iterdir()] == ["html"]
 
 
+@pytest.mark.parametrize("pages", [[], ["07_seven"]])
+def test_a_draft_shows_a_stale_chapter_without_what_changed(small: Path, build: Build, pages: list[str]) -> None:
+    path = small / "chapters/07_seven.md"
+    text = path.read_text("utf-8")
+    kept = '```{code-cell} python\nprint("kept")\n```\n\n:::{exercise} Try'
+    try:
+        path.write_text(text.replace(":::{exercise} Try", kept))
+        before = Book.load(small)
+        page = notebook.render(before, before.chapters[-1])
+        words = [nbformat.v4.new_output("stream", name="stdout", text=f"{word}\n") for word in ("changed", "kept")]
+        nbformat.write(notebook.finish(page, [[], *([word] for word in words)]), before.chapters[-1].notebook)
+        path.write_text(path.read_text("utf-8").replace('open("ran"', 'open("run"') + "\n{ref}`sec-nowhere`\n")
+        strict = build(small, small / "strict/html")
+        draft = build(small, small / "draft/html", "--draft", *pages)
+        shown = (small / "draft/html/chapters/07_seven.html").read_text("utf-8")
+    finally:
+        path.write_text(text)
+        store(small)
+    assert strict.returncode == 1 and "chapters/07_seven.md" in strict.stderr
+    assert not (small / "strict/html").exists()
+    assert draft.returncode == 0, draft.stdout + draft.stderr
+    output = [pre.get_text() for pre in BeautifulSoup(shown, "html.parser").select(".cell_output pre")]
+    assert output == ["kept\n"]
+    assert not list(small.rglob("ran")) and not list(small.rglob("run"))
+    assert (small / "draft/html/chapters/02_two.html").exists() == (not pages)
+    shutil.rmtree(small / "draft")
+
+
 def test_a_warning_fails_with_its_line(small: Path, build: Build) -> None:
     page = small / "chapters/index.md"
     text = page.read_text("utf-8")
@@ -176,14 +204,14 @@ def test_internal_links_and_anchors_resolve(site: Path) -> None:
 
 
 def test_every_public_name_has_an_entry_that_leads_back(site: Path, book: Book) -> None:
-    page = BeautifulSoup((site / "chapters/api.html").read_text("utf-8"), "html.parser")
     for module, pairs in book.modules.items():
+        page = BeautifulSoup((site / f"chapters/api/{module}.html").read_text("utf-8"), "html.parser")
         for chapter, export in pairs:
             for name in export.names:
                 entry = page.find("dt", id=f"guided_descent.{module}.{name}")
                 assert entry, f"no entry for {module}.{name}"
                 links = [a["href"] for a in entry.parent.select(".gd-derived a")]
-                assert any(link.startswith(f"{chapter.stem}.html#") for link in links), f"{name} leads nowhere"
+                assert any(link.startswith(f"../{chapter.stem}.html#") for link in links), f"{name} leads nowhere"
 
 
 def test_chapters_show_badges_and_end_with_what_they_added(site: Path, book: Book) -> None:

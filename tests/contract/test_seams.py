@@ -230,6 +230,24 @@ def test_soap_is_adam_in_the_eigenbasis_of_the_running_means(engine):
     torch.testing.assert_close(x.detach(), y, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("engine", ["loop", "foreach"])
+@pytest.mark.parametrize("cls", [Muon, SOAP])
+def test_a_run_that_starts_turned_and_sees_turned_gradients_is_the_turned_run(cls, engine):
+    generator = torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=generator))
+    start, *gradients = torch.randn(6, 4, 3, dtype=torch.float64, generator=generator)
+
+    def descend(turn):
+        x = (turn @ start).requires_grad_()
+        optimizer = cls([x], lr=0.1, engine=engine)
+        for g in gradients:
+            x.grad = turn @ g
+            optimizer.step()
+        return x.detach()
+
+    torch.testing.assert_close(descend(Q), Q @ descend(torch.eye(4).double()), rtol=1e-12, atol=1e-12)
+
+
 # Turns
 
 
@@ -277,7 +295,7 @@ def test_turns_are_over_all_groups_and_go_on_after_a_load(engine):
     run(first, params, range(3))
     second.load_state_dict(first.state_dict())
     torch.testing.assert_close(run(second, params, range(3, 8)), expected, rtol=0, atol=0)
-    due = [first._due(first, group) for group in first.param_groups]
+    due = [first._due(group) for group in first.param_groups]
     assert len(set.union(*due)) == 1  # four matrices, four steps, two groups
 
 

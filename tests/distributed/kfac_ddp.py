@@ -10,6 +10,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import guided_descent as gd
 from guided_descent.kfac import EKFAC, FOOF, KFAC
 
 torch.set_default_dtype(torch.float64)
@@ -160,6 +161,36 @@ def tokens():
         assert torch.equal(flat(model), before) == (times == 3)
 
 
+def vectors():
+    """Methods that evaluate the loss themselves: refused on a loss of one process, right on the mean over all."""
+    rank = distributed.get_rank()
+    data = [torch.arange(6.0).view(3, 2).cos() + k for k in range(distributed.get_world_size())]
+
+    def run(method, loss, steps=3):
+        w = torch.tensor([1.0, -2.0], requires_grad=True)
+        optimizer = method([w])
+
+        def closure():
+            optimizer.zero_grad()
+            value = loss(w)
+            if not optimizer.differentiates:
+                value.backward()
+            return value
+
+        for _ in range(steps):
+            optimizer.step(closure)
+        return w.detach()
+
+    def mean(w):
+        return torch.stack([(x @ w - 1).square().mean() for x in data]).mean()
+
+    for method in (gd.BFGS, gd.LBFGS, gd.Newton, gd.NewtonCG):
+        refused(lambda: run(method, lambda w: (data[rank] @ w - 1).square().mean()), "would drift apart on them")  # noqa: B023
+        seen = [torch.zeros(2) for _ in data]
+        distributed.all_gather(seen, run(method, mean))
+        assert all(torch.equal(x, seen[0]) for x in seen) and mean(seen[0]) < mean(torch.tensor([1.0, -2.0]))
+
+
 def refusals():
     model = Net()
     optimizer = KFAC(model)
@@ -171,6 +202,7 @@ def refusals():
     optimizer = KFAC(ddp, reduction="sum")
     nn.functional.cross_entropy(ddp(i), y, reduction="sum").backward()
     refused(optimizer.step, "reduction='sum' is not supported on several processes")
+    vectors()
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -250,7 +250,7 @@ def test_right_metric_ends_in_one_step(seed, d):
 @given(seeds, st.integers(1, 6), st.floats(0, 0.3))
 def test_gradient_descent_is_sgd(seed, d, lr):
     q = a_quadratic(seed, d)
-    ours = trajectory(q, GradientDescent, 20, lr=lr)
+    ours = trajectory(q, GradientDescent, 20, lr=lr, engine="loop")
     theirs = trajectory(q, torch.optim.SGD, 20, lr=lr)
     assert close(ours, theirs) and ours.shape == (21, d) and torch.equal(ours[0], q.start)
 
@@ -271,6 +271,19 @@ def test_the_rate_is_attained_at_every_step(seed, kappa):
     worst = q.basis[:, 0] + q.basis[:, 2]
     path = trajectory(q, GradientDescent, 20, lr=2 / (kappa + 1), start=worst).norm(dim=1)
     assert close(path[1:] / path[:-1], torch.full((20,), (kappa - 1) / (kappa + 1), dtype=torch.float64), 1e-9)
+
+
+@fast
+@given(seeds, st.floats(0.1, 1.9))
+def test_a_strongly_convex_problem_contracts_as_a_quadratic_does(seed, part):
+    """Softmax regression is no quadratic; its bounds L and mu stand for the ends of a spectrum."""
+    f = a_regression(seed)
+    lr = part / f.L
+    rho = max(abs(1 - lr * f.mu), abs(1 - lr * f.L))
+    start = f.minimizer + normal(generator(seed), *f.start.shape)
+    path = trajectory(f, GradientDescent, 5, lr=lr, start=start, engine="loop") - f.minimizer
+    distance = path.flatten(1).norm(dim=1)
+    assert (distance[1:] <= rho * distance[:-1] + 1e-9).all()
 
 
 def test_trajectory_leaves_the_problem_alone():

@@ -1,4 +1,7 @@
-"""Chapter 03: SGD reduces to gradient descent, scales and turns as it must; its rates are those of its 2×2 systems."""
+"""Chapter 03: SGD reduces to gradient descent, scales and turns as it must; its rates are those of its 2×2 systems.
+
+Everywhere the loop, which runs the rule itself; the engines are compared with it elsewhere.
+"""
 
 import math
 
@@ -30,7 +33,7 @@ def close(a, b, tol=1e-10):
 def on(gradients, **options):
     """Where a fixed sequence of gradients leads."""
     x = torch.zeros_like(gradients[0])
-    optimizer = SGD([x], **options)
+    optimizer = SGD([x], engine="loop", **options)
     for g in gradients:
         x.grad = g
         optimizer.step()
@@ -44,7 +47,8 @@ def on(gradients, **options):
 @given(seeds, st.floats(1e-4, 0.2))
 def test_without_momentum_it_is_gradient_descent(seed, lr):
     f = a_quadratic(seed)
-    assert close(trajectory(f, lambda p: SGD(p, lr=lr), 20), trajectory(f, lambda p: GradientDescent(p, lr=lr), 20))
+    plain = trajectory(f, GradientDescent, 20, lr=lr, engine="loop")
+    assert close(trajectory(f, lambda p: SGD(p, engine="loop", lr=lr), 20), plain)
 
 
 @fast
@@ -87,7 +91,7 @@ def test_nesterov_stores_the_look_ahead_point(seed, beta):
     f = a_quadratic(seed)
     eta = 0.5 / f.L
     y = f.start.clone()
-    optimizer = SGD([y], lr=eta, momentum=beta, nesterov=True)
+    optimizer = SGD([y], engine="loop", lr=eta, momentum=beta, nesterov=True)
     x = old = f.start
     for _ in range(30):
         ahead = x + beta * (x - old)
@@ -105,8 +109,20 @@ def test_weight_decay_is_a_quadratic_penalty(seed, beta):
     H = f.H + 0.5 * torch.eye(4, dtype=torch.float64)
     penalised = Quadratic(f.spectrum + 0.5, f.basis, torch.linalg.solve(H, f.H @ f.minimizer))
     lr = 0.1 / penalised.L
-    a = trajectory(f, lambda p: SGD(p, lr=lr, momentum=beta, weight_decay=0.5), 30)
-    assert close(a, trajectory(penalised, lambda p: SGD(p, lr=lr, momentum=beta), 30, start=f.start))
+    a = trajectory(f, lambda p: SGD(p, engine="loop", lr=lr, momentum=beta, weight_decay=0.5), 30)
+    assert close(a, trajectory(penalised, lambda p: SGD(p, engine="loop", lr=lr, momentum=beta), 30, start=f.start))
+
+
+@fast
+@given(seeds, st.floats(0.1, 5.0), st.floats(0.01, 0.1))
+def test_it_is_a_ball_with_friction_looked_at_every_h_seconds(seed, gamma, h):
+    """ẍ = −∇f(x) − γẋ by differences: η = h², β = 1 − γh."""
+    f = a_quadratic(seed)
+    h = h / math.sqrt(f.L)
+    x = trajectory(f, lambda p: SGD(p, engine="loop", lr=h**2, momentum=1 - gamma * h), 30)
+    velocity = torch.cat([torch.zeros(1, 4, dtype=x.dtype), x.diff(dim=0)]) / h  # from rest
+    acceleration = velocity.diff(dim=0) / h
+    assert close(acceleration, -f.gradient(x[:-1]) - gamma * velocity[:-1], 1e-6)
 
 
 # --- its rates
@@ -128,7 +144,8 @@ def test_spectral_radius_is_the_largest_eigenvalue(step, beta, lam, nesterov):
 @fast
 @given(st.floats(0.1, 0.9), st.floats(0.1, 1.2), st.booleans())
 def test_a_run_shrinks_by_the_spectral_radius(beta, step, nesterov):
-    path = trajectory(Quadratic([2.0]), lambda p: SGD(p, lr=step / 2, momentum=beta, nesterov=nesterov), 200)
+    options = {"lr": step / 2, "momentum": beta, "nesterov": nesterov, "engine": "loop"}
+    path = trajectory(Quadratic([2.0]), lambda p: SGD(p, **options), 200)
     rho = float(spectral_radius(step / 2, beta, 2.0, nesterov))
     assert float(path[-20:].abs().max() ** (1 / 200)) < rho + 0.05
 

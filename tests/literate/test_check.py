@@ -45,6 +45,12 @@ def test_agreement(woven):
     assert woven.files() == before
 
 
+def test_a_line_of_88_columns_fits_and_prose_is_free(woven):
+    woven.edit(CHAPTER, "assert double(2) == 4", f"assert double(2) == 4\nx = {'1' * 84}")
+    woven.edit(CHAPTER, "Some prose", "Some prose " * 20)
+    assert not [row for row in findings(woven) if "columns" in row]
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "at", "message"),
     [
@@ -67,6 +73,13 @@ def test_agreement(woven):
         (CHAPTER, "{eq}`eq-double`", "{eq}`eq-none`", "{eq}`eq-none`", "no eq is named eq-none"),
         (CHAPTER, "Some prose", "Some {cite}`prose`", "{cite}", "chapters/references.bib has no prose"),
         (CHAPTER, "Some prose", "Some {zzz}`prose`", "{zzz}", "unknown role {zzz}"),
+        (
+            CHAPTER,
+            "assert double(2) == 4",
+            f"assert double(2) == 4\nx = {'1' * 85}",
+            "x = 1",
+            "89 columns of code; break the line, at most 88 fit a page",
+        ),
         (CHAPTER, "assert double(2) == 4", "%matplotlib inline", "%matplotlib", "a raw magic, %matplotlib inline"),
         (CHAPTER, "assert double(2) == 4", "if 1:\n    !ls", "!ls", "a raw magic, !ls"),
         (CHAPTER, "assert double(2) == 4", 'check("eq-non", 1, 1)', "eq-non", "no equation is labelled eq-non"),

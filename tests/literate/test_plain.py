@@ -111,7 +111,7 @@ INLINE = [
     ("{term}`Hessian`", "Hessian"),
     ("{term}`Hessians <Hessian>`", "Hessians"),
     ("{math}`x^2`", "$x^2$"),
-    ("{py:class}`guided_descent.sgd.SGD`", f"[`SGD`]({SITE}api.html#guided_descent.sgd.SGD)"),
+    ("{py:class}`guided_descent.sgd.SGD`", f"[`SGD`]({SITE}api/sgd.html#guided_descent.sgd.SGD)"),
     ("in $\\R^n$, not $\\Rank$", "in $\\mathbb{R}^n$, not $\\Rank$"),
     ("a\n$x\n< y$", "a\n$x < y$"),
     ("`[a]{.b} {{ c }}` and $x_{.5}{{y}}$ stay", "`[a]{.b} {{ c }}` and $x_{.5}{{y}}$ stay"),

@@ -33,7 +33,8 @@ def test_plain_notebook(woven):
     assert "\\tag{1.1}" in text and "about (1.1)" in text
     assert "colab.research.google.com/github/me/tiny/blob/colab/chapters/01_first.ipynb" in text
     assert (
-        "| [`triple`](https://me.github.io/tiny/chapters/api.html#guided_descent.other.triple) | Three times. |" in text
+        "| [`triple`](https://me.github.io/tiny/chapters/api/other.html#guided_descent.other.triple) | Three times. |"
+        in text
     )
     assert 'REVISION = \\"main\\"' in woven.read(NOTEBOOK)
     nbformat.validate(nbformat.reads(woven.read(NOTEBOOK), 4))
