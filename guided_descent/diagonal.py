@@ -1,6 +1,6 @@
 # Generated from chapters/09_diagonal_curvature.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 2b3218b0
+# %% head 8dc6c73f
 """Chapter 09, Diagonal curvature."""
 
 __all__ = [
@@ -318,7 +318,7 @@ class DiagonalOptimizer(Optimizer):
                     found[p] += (z * Hz).detach() / samples
         return found
 
-    # %% 09_diagonal_curvature sec-dc-machinery 4 9fa6fe38
+    # %% 09_diagonal_curvature sec-dc-machinery 4 1fa35359
     def _draw(self, at: Any, edge: Any, f: Tensor, g: Tensor) -> None:
         """Send gradients of a loss with drawn labels from the output f to the weights.
 
@@ -377,11 +377,11 @@ class DiagonalOptimizer(Optimizer):
                 "loss of its output"
             )
         samples, zero = self._own[0]["samples"], torch.zeros(())
-        sums = {
-            p: [self.sums.get(p, {}).get(k, zero.to(p)).expand_as(p) for k in range(samples)]
-            for p in params
-        }
-        sums = {p: [S.to(wide(p.dtype), copy=True) for S in x] for p, x in sums.items()}
+        sums: dict[Tensor, list[Tensor]] = {}
+        for p in params:
+            mine = self.sums.get(p, {})
+            every = [mine.get(k, zero.to(p)).expand_as(p) for k in range(samples)]
+            sums[p] = [S.to(wide(p.dtype), copy=True) for S in every]
         rows = torch.as_tensor(self.rows, dtype=torch.float32).reshape(1).clone()
         examples = rows * 0 + self.examples
         several = self._sum([*(S for x in sums.values() for S in x), rows, examples]) > 1
@@ -419,7 +419,7 @@ class DiagonalOptimizer(Optimizer):
         self._forget_passes()
 
 
-# %% 09_diagonal_curvature sec-dc-machinery 5 2583a7be
+# %% 09_diagonal_curvature sec-dc-machinery 5 d9f42786
 class _Drawing(Capture):
     """Hands over where the output is in the graph, when a gradient arrives there."""
 
@@ -431,8 +431,10 @@ class _Drawing(Capture):
         if value is None:
             return None
         root = _Arrival(at, value)
-        tap = lambda y: _RootTap.apply(y, root, y is value) if y.requires_grad else y
-        return _mapped(output, tap)
+        return _mapped(
+            output,
+            lambda y: _RootTap.apply(y, root, y is value) if y.requires_grad else y,
+        )
 
 
 class _Arrival(_Root):
@@ -444,10 +446,12 @@ class _Arrival(_Root):
             return self.draw(g)
         node, k = self.edge.node, self.edge.output_nr
         begun = self.output
+
         def late(grads: Any) -> None:
             handle.remove()
             if self.output is begun and grads[k] is not None:
                 self.draw(grads[k])
+
         handle = node.register_prehook(late)
 
     @torch.no_grad()

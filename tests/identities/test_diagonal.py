@@ -115,7 +115,8 @@ def test_a_parameter_that_appears_between_estimates_waits_for_one():
     late = torch.ones(2, dtype=torch.float64, requires_grad=True)
     optimizer = AdaHessian([x, late], lr=0.5, hessian_update_every=3, engine="loop")
     for t in range(4):
-        optimizer.step(lambda t=t: (c * x**2).sum() + (c * late**2).sum() * (t > 0) + 0 * x.sum() if t else (c * x**2).sum())
+        both = [x, late] if t else [x]
+        optimizer.step(lambda both=both: sum((c * y**2).sum() for y in both))
         assert torch.equal(late, torch.ones(2, dtype=torch.float64)) == (t < 3)
     assert optimizer.state[late]["estimates"] == 1 and optimizer.state[x]["estimates"] == 2
 
@@ -136,9 +137,8 @@ def test_the_corrections_count_steps_and_estimates():
 
 
 def drawn(loss, model, x, likelihood, draws=4000, **options):
-    optimizer = Sophia(
-        model.parameters(), lr=0.0, estimator="gnb", model=model, likelihood=likelihood, samples=draws, **ONCE, **options
-    )
+    options |= {"model": model, "likelihood": likelihood, "samples": draws, **ONCE}
+    optimizer = Sophia(model.parameters(), lr=0.0, estimator="gnb", **options)
     loss(model(x)).backward()
     optimizer.step()
     return diagonal(optimizer, model.parameters())
@@ -174,14 +174,19 @@ def test_the_scale_of_the_loss_and_the_labels_do_not_enter():
 
 def test_a_sum_has_the_curvature_of_all_rows_and_examples_that_of_their_places():
     model, x = network(3, 4, 3), normal(0, 6, 3)
-    loss = lambda f: cross_entropy(f, torch.zeros(6, dtype=torch.long))
+
+    def loss(f):
+        return cross_entropy(f, torch.zeros(6, dtype=torch.long))
+
+    def tokens(f):
+        return loss(f.flatten(0, 1))
+
     mean = drawn(loss, model, x, "categorical", 1)
     model.zero_grad()
     total = drawn(lambda f: 6 * loss(f), model, x, "categorical", 1, reduction="sum")
     torch.testing.assert_close(total, 6 * mean)
     model.zero_grad()
     sequences = x.view(2, 3, 3)
-    tokens = lambda f: loss(f.flatten(0, 1))
     by_token = drawn(tokens, model, sequences, "categorical", 1)
     model.zero_grad()
     by_example = drawn(lambda f: 3 * tokens(f), model, sequences, "categorical", 1, reduction="examples")
@@ -199,7 +204,8 @@ def all_draws(model, x):
             of_class.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         rows.append(of_class)
     model.zero_grad()
-    return torch.stack([sum(row[c] for row, c in zip(rows, draw)) for draw in itertools.product(range(3), repeat=len(x))])
+    draws = itertools.product(range(3), repeat=len(x))
+    return torch.stack([sum(row[c] for row, c in zip(rows, draw, strict=True)) for draw in draws])
 
 
 @pytest.mark.parametrize("seed", range(6))
