@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import guided_descent as gd
 from guided_descent.core import ENGINES, Optimizer
-from guided_descent.examples import SOAP, Muon
+from guided_descent.examples import Muon
+from guided_descent.examples import PlainSOAP as SOAP
 from guided_descent.problems import GradientDescent
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
