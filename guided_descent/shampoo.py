@@ -1,6 +1,6 @@
 # Generated from chapters/10_shampoo_soap.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f88b0d17
+# %% head a7016386
 """Chapter 10, Shampoo and SOAP."""
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-# %% 10_shampoo_soap sec-sh-a 1 029cb4eb
+# %% 10_shampoo_soap sec-sh-adagrad 1 029cb4eb
 import math
 import warnings
 from collections import Counter
@@ -51,15 +51,14 @@ OneSided = Literal["left", "right", "smaller"] | None
 failures: Counter[str] = Counter()
 
 
-# %% 10_shampoo_soap sec-sh-a 2 9ec6d027
+# %% 10_shampoo_soap sec-sh-adagrad 2 d7cc9c96
 def _mean_diagonal(A: Tensor) -> Tensor:
     return A.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
 
 
-def _nudge(A: Tensor, jitter: float) -> Tensor:
+def _nudge(A: Tensor, jitter: float, least: float) -> Tensor:
     """How much is added to eigenvalues: relative to their mean."""
-    least = 8 * torch.finfo(A.dtype).eps if jitter else 0.0
-    return _mean_diagonal(A) * max(jitter, least)
+    return _mean_diagonal(A) * (max(jitter, least) if jitter else 0.0)
 
 
 def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +79,7 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     return values, eye.take_along_dim(order.unsqueeze(-2), -1)
 
 
-# %% 10_shampoo_soap sec-sh-a 3 dcd23e5b
+# %% 10_shampoo_soap sec-sh-adagrad 3 dcd23e5b
 @matrixwise
 def inverse_root(A: Tensor, power: float = -0.5, eps: float = 1e-6) -> Tensor:
     """``(A + eps · tr(A)/n · I)^power`` of a positive semi-definite matrix.
@@ -103,94 +102,7 @@ def inverse_root(A: Tensor, power: float = -0.5, eps: float = 1e-6) -> Tensor:
     return Q * (values**power).unsqueeze(-2) @ Q.mT
 
 
-# %% 10_shampoo_soap sec-sh-a 4 1d2f5950
-@matrixwise
-def eigenbasis(A: Tensor, jitter: float = 1e-9) -> Tensor:
-    """Eigenvectors of a positive semi-definite matrix, the largest value first.
-
-    Where eigenvalues coincide, above all in a null space, a nudge decides, not
-    round-off: ``jitter`` times the mean eigenvalue, on a ladder.
-
-    Args:
-        A: (…, n, n).
-        jitter: Of the nudge; at least 8 roundings of the type, or 0 for none.
-
-    Source: chapter 10, eq-sh-basis.
-    """
-    n = A.shape[-1]
-    if not n:
-        return A
-    ladder = torch.arange(n, 0, -1, dtype=A.dtype, device=A.device) / n
-    _, Q = _eigh(A + _nudge(A, jitter) * ladder.diag())
-    return Q.flip(-1).contiguous()
-
-
-@matrixwise
-def next_basis(A: Tensor, Q: Tensor, jitter: float = 1e-9) -> tuple[Tensor, Tensor]:
-    """One step of subspace iteration: Q sorted by its eigenvalues, then qr(A Q).
-
-    Args:
-        A: (…, n, n), positive semi-definite.
-        Q: The basis before, orthogonal columns.
-        jitter: As in ``eigenbasis``.
-
-    Returns:
-        The new basis, and which old column each new one comes from, (…, n).
-
-    Source: Vyas et al. (2024), arXiv 2409.11321. Chapter 10, eq-sh-refresh.
-    """
-    if not A.numel():
-        return A, A.new_empty(A.shape[:-1]).long()
-    Y = A @ Q
-    Y = Y + _nudge(A, jitter) * Q
-    order = (Y * Q).sum(-2).argsort(-1, descending=True)
-    Q, R = torch.linalg.qr(Y.take_along_dim(order.unsqueeze(-2), -1))
-    signs = R.diagonal(dim1=-2, dim2=-1).sign()
-    return Q * torch.where(signs == 0, 1, signs).unsqueeze(-2), order
-
-
-# %% 10_shampoo_soap sec-sh-a 5 68bb74e5
-@matrixwise
-def into_basis(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
-    """``Q_Lᵀ X Q_R``; an empty basis leaves its side alone."""
-    X = Q_L.mT @ X if Q_L.numel() else X
-    return X @ Q_R if Q_R.numel() else X
-
-
-@matrixwise
-def out_of_basis(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
-    """``Q_L X Q_Rᵀ``; an empty basis leaves its side alone."""
-    X = Q_L @ X if Q_L.numel() else X
-    return X @ Q_R.mT if Q_R.numel() else X
-
-
-@matrixwise
-def permute(X: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Rows and columns in a new order; an empty order is the old one."""
-    X = X.take_along_dim(rows.unsqueeze(-1), -2) if rows.numel() else X
-    return X.take_along_dim(columns.unsqueeze(-2), -1) if columns.numel() else X
-
-
-@matrixwise
-def learn_left(A: Tensor, X: Tensor, weight: Any, keep: Any) -> Tensor:
-    """``keep · A + weight · X Xᵀ``, or A where it is empty."""
-    return _blend(A, X, X.mT, weight, keep) if A.numel() else A
-
-
-@matrixwise
-def learn_right(A: Tensor, X: Tensor, weight: Any, keep: Any) -> Tensor:
-    """``keep · A + weight · Xᵀ X``, or A where it is empty."""
-    return _blend(A, X.mT, X, weight, keep) if A.numel() else A
-
-
-def _blend(A: Tensor, X: Tensor, Y: Tensor, weight: Any, keep: Any) -> Tensor:
-    if isinstance(weight, Tensor) or isinstance(keep, Tensor):
-        return keep * A + weight * (X @ Y)
-    product = torch.addmm if A.ndim == 2 else torch.baddbmm
-    return product(A, X, Y, beta=keep, alpha=weight)
-
-
-# %% 10_shampoo_soap sec-sh-a 6 fddde069
+# %% 10_shampoo_soap sec-sh-limits 1 fddde069
 class MatrixOptimizer(Optimizer):
     """What the methods of this chapter share: which sides of a matrix they see.
 
@@ -241,7 +153,215 @@ def _is_vector(s: Any) -> bool:
     return not hasattr(s, "left")
 
 
-# %% 10_shampoo_soap sec-sh-a 7 2a5dc0da
+# %% 10_shampoo_soap sec-sh-limits 2 68bb74e5
+@matrixwise
+def into_basis(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
+    """``Q_Lᵀ X Q_R``; an empty basis leaves its side alone."""
+    X = Q_L.mT @ X if Q_L.numel() else X
+    return X @ Q_R if Q_R.numel() else X
+
+
+@matrixwise
+def out_of_basis(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
+    """``Q_L X Q_Rᵀ``; an empty basis leaves its side alone."""
+    X = Q_L @ X if Q_L.numel() else X
+    return X @ Q_R.mT if Q_R.numel() else X
+
+
+@matrixwise
+def permute(X: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Rows and columns in a new order; an empty order is the old one."""
+    X = X.take_along_dim(rows.unsqueeze(-1), -2) if rows.numel() else X
+    return X.take_along_dim(columns.unsqueeze(-2), -1) if columns.numel() else X
+
+
+@matrixwise
+def learn_left(A: Tensor, X: Tensor, weight: Any, keep: Any) -> Tensor:
+    """``keep · A + weight · X Xᵀ``, or A where it is empty."""
+    return _blend(A, X, X.mT, weight, keep) if A.numel() else A
+
+
+@matrixwise
+def learn_right(A: Tensor, X: Tensor, weight: Any, keep: Any) -> Tensor:
+    """``keep · A + weight · Xᵀ X``, or A where it is empty."""
+    return _blend(A, X.mT, X, weight, keep) if A.numel() else A
+
+
+def _blend(A: Tensor, X: Tensor, Y: Tensor, weight: Any, keep: Any) -> Tensor:
+    if isinstance(weight, Tensor) or isinstance(keep, Tensor):
+        return keep * A + weight * (X @ Y)
+    product = torch.addmm if A.ndim == 2 else torch.baddbmm
+    return product(A, X, Y, beta=keep, alpha=weight)
+
+
+# %% 10_shampoo_soap sec-sh-limits 3 7c95eb94
+class Shampoo(MatrixOptimizer):
+    """Shampoo: the gradient between inverse roots of two running means.
+
+    ::
+
+        m ← m + (1−β₁)(g − m)
+        L ← L + (1−β₂)(g gᵀ − L);   R ← R + (1−β₂)(gᵀ g − R)
+        u = L^a m̂ R^a,   and then as long as Adam's step (``grafting``)
+        x ← (1 − lr · weight_decay) x − lr · u
+
+    Args:
+        params: Parameters or groups of them, of any shape; vectors by Adam.
+        lr: Step size, in [0, ∞). Under Adam's graft three to five times
+            Adam's. Default 3e-3.
+        betas: β₁ in [0, 1), and β₂ in [0, 1]. β₂ = 1 sums without forgetting,
+            as the first paper did. Default (0.9, 0.95).
+        eps: Added to L and R before the root, relative to their mean
+            eigenvalue; in [0, ∞). Default 1e-6.
+        weight_decay: Decoupled, in [0, ∞). Default 0.
+        exponent: a, negative. ``None`` (the default): −1/(2k) for k sides, the
+            paper's. −0.5 is the better one under a graft.
+        grafting: ``"adam"`` (the default) or ``"sgd"``: whose length a step
+            has, block by block; ``None``: its own.
+        precondition_every: Steps in which each root is taken once, after the
+            step, in turns. With 1 it is taken before, from the latest L and R.
+            Default 10.
+        block_size: Largest side of a block; ``None``: no blocks. Default 1024.
+        one_sided: ``"left"``, ``"right"`` or ``"smaller"``; ``None`` (the
+            default): both sides.
+        max_dim: A larger side gets the identity. Default 10000.
+        **options: See ``Options``; ``nonfinite`` is ``"skip"`` by default.
+
+    Raises:
+        ValueError: An argument outside its range.
+
+    Warns:
+        UserWarning: Exponents that add up to −1 without a graft: such a step
+            has the unit of 1/g, and grows where the gradient shrinks.
+
+    Source: Gupta et al. (2018), arXiv 1802.09568; Anil et al. (2020), arXiv
+    2002.09018. Chapter 10, eq-sh-step and eq-sh-graft. State for an m×n
+    matrix: 2mn + 2m² + 2n² numbers.
+    """
+
+    every = "precondition_every"
+    precise = ("left", "right", "left_root", "right_root")
+    ranges = {**MatrixOptimizer.ranges, "betas": ("[0, 1)", "[0, 1]")}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        exponent: float | None = None,
+        grafting: Literal["adam", "sgd"] | None = "adam",
+        precondition_every: int = 10,
+        block_size: int | None = 1024,
+        one_sided: OneSided = None,
+        max_dim: int = 10000,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "exponent": exponent,
+            "grafting": grafting,
+            "precondition_every": precondition_every,
+            "block_size": block_size,
+            "one_sided": one_sided,
+            "max_dim": max_dim,
+        }
+        super().__init__(params, defaults, **options)
+
+    # %% 10_shampoo_soap sec-sh-limits 4 8164a7f6
+    @staticmethod
+    def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
+        m = s.exp_avg.lerp_(g, 1 - h.betas[0])
+        v = s.exp_avg_sq.mul_(h.betas[1]).addcmul_(g, g, value=h.w2)
+        u = adam = m * h.c1 / (v.sqrt() / h.c2).add_(1e-8)
+        if not _is_vector(s):
+            s.left.copy_(learn_left(s.left, g, h.w2, h.betas[1]))
+            s.right.copy_(learn_right(s.right, g, h.w2, h.betas[1]))
+            if h.precondition_every == 1:
+                _take_roots(s, h)
+            u = into_basis(m * h.c1, s.left_root, s.right_root)
+            if h.grafting:
+                u = graft(u, adam if h.grafting == "adam" else m * h.c1)
+        p.mul_(h.decay).add_(u, alpha=-h.lr)
+
+    # %% 10_shampoo_soap sec-sh-limits 6 659bafb1
+    @staticmethod
+    def refresh(s: Any, h: Any) -> None:
+        if not _is_vector(s) and h.precondition_every > 1:
+            _take_roots(s, h)
+
+    # %% 10_shampoo_soap sec-sh-limits 7 582805da
+    @staticmethod
+    def clock(h: Any) -> None:
+        """L and R begin as the first gradient's, v at zero with Adam's correction."""
+        b1, b2 = h.betas
+        h.w2 = 1 - b2 if b2 < 1 else 1.0
+        h.c1 = 1 / (1 - b1**h.step)
+        h.c2 = (1 - b2**h.step) ** 0.5 if b2 < 1 else 1.0
+        h.decay = 1 - h.lr * h.weight_decay
+
+
+    def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
+        s, g = _moments(p), g.to(wide(g.dtype))
+        if p.shape[1] == 1:
+            return s
+        left, right = _sides(p, h)
+        L = g @ g.mT if left else g.new_zeros(0, 0)
+        R = g.mT @ g if right else g.new_zeros(0, 0)
+        roots = both_roots(L, R, exponent=h.exponent, eps=h.eps)
+        mean = float(h.betas[1] < 1)
+        s |= {"left": L * mean, "right": R * mean}
+        return s | {"left_root": roots[0], "right_root": roots[1]}
+
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super(Shampoo, self)._check_group(group)
+        check_choice("grafting", group["grafting"], ("adam", "sgd", None))
+        power = group["exponent"]
+        if power is not None:
+            check_range("exponent", power, "[-1, 0)")
+        two = group["one_sided"] is None and power is not None and power <= -0.5
+        one = group["one_sided"] is not None and power is not None and power <= -1
+        if group["grafting"] is None and (two or one):
+            warnings.warn(
+                f"exponent={power} without a graft has the unit of 1/gradient: a step "
+                "grows where gradients shrink; pass grafting='adam', or a smaller exponent",
+                stacklevel=2,
+            )
+
+
+# %% 10_shampoo_soap sec-sh-limits 5 f3d66857
+@matrixwise
+def graft(u: Tensor, like: Tensor) -> Tensor:
+    """u with the length of another matrix; zero stays zero.
+
+    Source: chapter 10, eq-sh-graft.
+    """
+    length, wanted = (torch.linalg.matrix_norm(X, keepdim=True) for X in (u, like))
+    return u * torch.where(length > 0, wanted / length, 0)
+
+
+@matrixwise
+def both_roots(
+    L: Tensor, R: Tensor, exponent: float | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The inverse roots of L and R, by default of order 2k for k sides."""
+    sides = bool(L.numel()) + bool(R.numel())
+    power = -0.5 / max(sides, 1) if exponent is None else exponent
+    return inverse_root(L, power=power, eps=eps), inverse_root(R, power=power, eps=eps)
+
+
+def _take_roots(s: Any, h: Any) -> None:
+    L, R = both_roots(s.left, s.right, exponent=h.exponent, eps=h.eps)
+    s.left_root.copy_(L)
+    s.right_root.copy_(R)
+
+
+# %% 10_shampoo_soap sec-sh-soap 1 2a5dc0da
 class SOAP(MatrixOptimizer):
     """SOAP: Adam in the eigenbasis of Shampoo's two matrices.
 
@@ -320,7 +440,7 @@ class SOAP(MatrixOptimizer):
         }
         super().__init__(params, defaults, **options)
 
-    # %% 10_shampoo_soap sec-sh-a 8 6c140bf3
+    # %% 10_shampoo_soap sec-sh-soap 2 6c140bf3
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         sides = () if _is_vector(s) else (s.left_basis, s.right_basis)
@@ -335,7 +455,7 @@ class SOAP(MatrixOptimizer):
             s.left.copy_(learn_left(s.left, left, h.w2, 1 - h.w2))
             s.right.copy_(learn_right(s.right, right, h.w2, 1 - h.w2))
 
-    # %% 10_shampoo_soap sec-sh-a 9 570507a8
+    # %% 10_shampoo_soap sec-sh-soap 4 570507a8
     @staticmethod
     def refresh(s: Any, h: Any) -> None:
         if _is_vector(s):
@@ -351,7 +471,7 @@ class SOAP(MatrixOptimizer):
             s.left_values.copy_(values_in(s.left, L))
             s.right_values.copy_(values_in(s.right, R))
 
-    # %% 10_shampoo_soap sec-sh-a 10 0a9a68c9
+    # %% 10_shampoo_soap sec-sh-soap 5 0a9a68c9
     @staticmethod
     def clock(h: Any) -> None:
         """The first gradient is in the state already: its weights are zero."""
@@ -381,14 +501,62 @@ class SOAP(MatrixOptimizer):
             s["exp_avg"], s["exp_avg_sq"] = (1 - h.betas[0]) * G, (1 - h.betas[1]) * G**2
         return s
 
-    # %% 10_shampoo_soap sec-sh-a 12 57277d04
+    # %% 10_shampoo_soap sec-sh-soap 7 57277d04
     def _check_group(self, group: dict[str, Any]) -> None:
         super(SOAP, self)._check_group(group)
         check_choice("first_step", group["first_step"], ("move", "skip"))
         check_choice("kl", group["kl"], (False, True))
 
 
-# %% 10_shampoo_soap sec-sh-a 11 de45f47f
+# %% 10_shampoo_soap sec-sh-soap 3 3bc658a4
+@matrixwise
+def eigenbasis(A: Tensor, jitter: float = 1e-9) -> Tensor:
+    """Eigenvectors of a positive semi-definite matrix, the largest value first.
+
+    Where eigenvalues coincide, above all in a null space, a nudge decides, not
+    round-off: ``jitter`` times the mean eigenvalue, on a ladder.
+
+    Args:
+        A: (…, n, n).
+        jitter: Of the nudge; at least 8 roundings of the type, or 0 for none.
+
+    Source: chapter 10, eq-sh-basis.
+    """
+    n = A.shape[-1]
+    if not n:
+        return A
+    least = 8 * torch.finfo(A.dtype).eps
+    ladder = torch.arange(n, 0, -1, dtype=A.dtype, device=A.device) / n
+    _, Q = _eigh(A + _nudge(A, jitter, least) * ladder.diag())
+    return Q.flip(-1).contiguous()
+
+
+@matrixwise
+def next_basis(A: Tensor, Q: Tensor, jitter: float = 1e-9) -> tuple[Tensor, Tensor]:
+    """One step of subspace iteration: Q sorted by its eigenvalues, then qr(A Q).
+
+    Args:
+        A: (…, n, n), positive semi-definite.
+        Q: The basis before, orthogonal columns.
+        jitter: Added to A, relative to the mean eigenvalue; at least the root
+            of a rounding, or 0 for none.
+
+    Returns:
+        The new basis, and which old column each new one comes from, (…, n).
+
+    Source: Vyas et al. (2024), arXiv 2409.11321. Chapter 10, eq-sh-refresh.
+    """
+    if not A.numel():
+        return A, A.new_empty(A.shape[:-1]).long()
+    Y = A @ Q
+    Y = Y + _nudge(A, jitter, torch.finfo(A.dtype).eps ** 0.5) * Q
+    order = (Y * Q).sum(-2).argsort(-1, descending=True)
+    Q, R = torch.linalg.qr(Y.take_along_dim(order.unsqueeze(-2), -1))
+    signs = R.diagonal(dim1=-2, dim2=-1).sign()
+    return Q * torch.where(signs == 0, 1, signs).unsqueeze(-2), order
+
+
+# %% 10_shampoo_soap sec-sh-soap 6 de45f47f
 def _first_factors(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
     """L and R after the first gradient; of a side that is left alone, empty."""
     left, right = _sides(p, h)
@@ -405,7 +573,7 @@ def _first_factors(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
     return {"left": L, "right": R}
 
 
-# %% 10_shampoo_soap sec-sh-a 13 02faf5e9
+# %% 10_shampoo_soap sec-sh-soap 8 02faf5e9
 @matrixwise
 def values_in(A: Tensor, Q: Tensor) -> Tensor:
     """The diagonal of ``Qᵀ A Q``."""
@@ -443,174 +611,7 @@ def _inverse_roots(values: Tensor) -> Tensor:
     return torch.where(mean > 0, safe, torch.inf) ** -0.5
 
 
-# %% 10_shampoo_soap sec-sh-a 14 7c95eb94
-class Shampoo(MatrixOptimizer):
-    """Shampoo: the gradient between inverse roots of two running means.
-
-    ::
-
-        m ← m + (1−β₁)(g − m)
-        L ← L + (1−β₂)(g gᵀ − L);   R ← R + (1−β₂)(gᵀ g − R)
-        u = L^a m̂ R^a,   and then as long as Adam's step (``grafting``)
-        x ← (1 − lr · weight_decay) x − lr · u
-
-    Args:
-        params: Parameters or groups of them, of any shape; vectors by Adam.
-        lr: Step size, in [0, ∞). Under Adam's graft three to five times
-            Adam's. Default 3e-3.
-        betas: β₁ in [0, 1), and β₂ in [0, 1]. β₂ = 1 sums without forgetting,
-            as the first paper did. Default (0.9, 0.95).
-        eps: Added to L and R before the root, relative to their mean
-            eigenvalue; in [0, ∞). Default 1e-6.
-        weight_decay: Decoupled, in [0, ∞). Default 0.
-        exponent: a, negative. ``None`` (the default): −1/(2k) for k sides, the
-            paper's. −0.5 is the better one under a graft.
-        grafting: ``"adam"`` (the default) or ``"sgd"``: whose length a step
-            has, block by block; ``None``: its own.
-        precondition_every: Steps in which each root is taken once, after the
-            step, in turns. With 1 it is taken before, from the latest L and R.
-            Default 10.
-        block_size: Largest side of a block; ``None``: no blocks. Default 1024.
-        one_sided: ``"left"``, ``"right"`` or ``"smaller"``; ``None`` (the
-            default): both sides.
-        max_dim: A larger side gets the identity. Default 10000.
-        **options: See ``Options``; ``nonfinite`` is ``"skip"`` by default.
-
-    Raises:
-        ValueError: An argument outside its range.
-
-    Warns:
-        UserWarning: Exponents that add up to −1 without a graft: such a step
-            has the unit of 1/g, and grows where the gradient shrinks.
-
-    Source: Gupta et al. (2018), arXiv 1802.09568; Anil et al. (2020), arXiv
-    2002.09018. Chapter 10, eq-sh-step and eq-sh-graft. State for an m×n
-    matrix: 2mn + 2m² + 2n² numbers.
-    """
-
-    every = "precondition_every"
-    precise = ("left", "right", "left_root", "right_root")
-    ranges = {**MatrixOptimizer.ranges, "betas": ("[0, 1)", "[0, 1]")}
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 3e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        exponent: float | None = None,
-        grafting: Literal["adam", "sgd"] | None = "adam",
-        precondition_every: int = 10,
-        block_size: int | None = 1024,
-        one_sided: OneSided = None,
-        max_dim: int = 10000,
-        **options: Unpack[Options],
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "exponent": exponent,
-            "grafting": grafting,
-            "precondition_every": precondition_every,
-            "block_size": block_size,
-            "one_sided": one_sided,
-            "max_dim": max_dim,
-        }
-        super().__init__(params, defaults, **options)
-
-    # %% 10_shampoo_soap sec-sh-a 15 8164a7f6
-    @staticmethod
-    def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
-        m = s.exp_avg.lerp_(g, 1 - h.betas[0])
-        v = s.exp_avg_sq.mul_(h.betas[1]).addcmul_(g, g, value=h.w2)
-        u = adam = m * h.c1 / (v.sqrt() / h.c2).add_(1e-8)
-        if not _is_vector(s):
-            s.left.copy_(learn_left(s.left, g, h.w2, h.betas[1]))
-            s.right.copy_(learn_right(s.right, g, h.w2, h.betas[1]))
-            if h.precondition_every == 1:
-                _take_roots(s, h)
-            u = into_basis(m * h.c1, s.left_root, s.right_root)
-            if h.grafting:
-                u = graft(u, adam if h.grafting == "adam" else m * h.c1)
-        p.mul_(h.decay).add_(u, alpha=-h.lr)
-
-    # %% 10_shampoo_soap sec-sh-a 17 659bafb1
-    @staticmethod
-    def refresh(s: Any, h: Any) -> None:
-        if not _is_vector(s) and h.precondition_every > 1:
-            _take_roots(s, h)
-
-    # %% 10_shampoo_soap sec-sh-a 18 582805da
-    @staticmethod
-    def clock(h: Any) -> None:
-        """L and R begin as the first gradient's, v at zero with Adam's correction."""
-        b1, b2 = h.betas
-        h.w2 = 1 - b2 if b2 < 1 else 1.0
-        h.c1 = 1 / (1 - b1**h.step)
-        h.c2 = (1 - b2**h.step) ** 0.5 if b2 < 1 else 1.0
-        h.decay = 1 - h.lr * h.weight_decay
-
-
-    def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
-        s, g = _moments(p), g.to(wide(g.dtype))
-        if p.shape[1] == 1:
-            return s
-        left, right = _sides(p, h)
-        L = g @ g.mT if left else g.new_zeros(0, 0)
-        R = g.mT @ g if right else g.new_zeros(0, 0)
-        roots = both_roots(L, R, exponent=h.exponent, eps=h.eps)
-        mean = float(h.betas[1] < 1)
-        s |= {"left": L * mean, "right": R * mean}
-        return s | {"left_root": roots[0], "right_root": roots[1]}
-
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super(Shampoo, self)._check_group(group)
-        check_choice("grafting", group["grafting"], ("adam", "sgd", None))
-        power = group["exponent"]
-        if power is not None:
-            check_range("exponent", power, "[-1, 0)")
-        two = group["one_sided"] is None and power is not None and power <= -0.5
-        one = group["one_sided"] is not None and power is not None and power <= -1
-        if group["grafting"] is None and (two or one):
-            warnings.warn(
-                f"exponent={power} without a graft has the unit of 1/gradient: a step "
-                "grows where gradients shrink; pass grafting='adam', or a smaller exponent",
-                stacklevel=2,
-            )
-
-
-# %% 10_shampoo_soap sec-sh-a 16 f3d66857
-@matrixwise
-def graft(u: Tensor, like: Tensor) -> Tensor:
-    """u with the length of another matrix; zero stays zero.
-
-    Source: chapter 10, eq-sh-graft.
-    """
-    length, wanted = (torch.linalg.matrix_norm(X, keepdim=True) for X in (u, like))
-    return u * torch.where(length > 0, wanted / length, 0)
-
-
-@matrixwise
-def both_roots(
-    L: Tensor, R: Tensor, exponent: float | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The inverse roots of L and R, by default of order 2k for k sides."""
-    sides = bool(L.numel()) + bool(R.numel())
-    power = -0.5 / max(sides, 1) if exponent is None else exponent
-    return inverse_root(L, power=power, eps=eps), inverse_root(R, power=power, eps=eps)
-
-
-def _take_roots(s: Any, h: Any) -> None:
-    L, R = both_roots(s.left, s.right, exponent=h.exponent, eps=h.eps)
-    s.left_root.copy_(L)
-    s.right_root.copy_(R)
-
-
-# %% 10_shampoo_soap sec-sh-a 19 7007dcc0
+# %% 10_shampoo_soap sec-sh-kl 1 7007dcc0
 class KLShampoo(MatrixOptimizer):
     """KL-Shampoo: each side learns from gradients whitened on the other.
 
@@ -664,7 +665,7 @@ class KLShampoo(MatrixOptimizer):
         }
         super().__init__(params, defaults, **options)
 
-    # %% 10_shampoo_soap sec-sh-a 20 05ce8396
+    # %% 10_shampoo_soap sec-sh-kl 2 05ce8396
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         m = s.exp_avg.lerp_(g, 1 - h.betas[0]) * h.c1
@@ -678,7 +679,7 @@ class KLShampoo(MatrixOptimizer):
             s.right.copy_(learn_right(s.right, right, 1 - h.betas[1], h.betas[1]))
         p.mul_(h.decay).add_(u, alpha=-h.lr)
 
-    # %% 10_shampoo_soap sec-sh-a 22 cf7fb2bb
+    # %% 10_shampoo_soap sec-sh-kl 4 cf7fb2bb
     @staticmethod
     def refresh(s: Any, h: Any) -> None:
         if not _is_vector(s):
@@ -705,7 +706,7 @@ class KLShampoo(MatrixOptimizer):
         return s
 
 
-# %% 10_shampoo_soap sec-sh-a 21 17e1ed9f
+# %% 10_shampoo_soap sec-sh-kl 3 17e1ed9f
 @matrixwise
 def whitened(g: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """``g R^{-1/2} / √n`` and ``L^{-1/2} g / √m``, from the inverse roots."""
@@ -715,7 +716,7 @@ def whitened(g: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     return left / n**0.5, right / m**0.5
 
 
-# %% 10_shampoo_soap sec-sh-a 23 9a24b8e6
+# %% 10_shampoo_soap sec-sh-psgd 1 80fc9960
 class PSGDKron(MatrixOptimizer):
     """PSGD with two Kronecker factors, fitted without inverses or roots.
 
@@ -739,10 +740,11 @@ class PSGDKron(MatrixOptimizer):
         block_size, one_sided, max_dim: As for ``Shampoo``.
         **options: See ``Options``; ``nonfinite`` is ``"skip"`` by default.
 
-    Source: Li (2018), arXiv 1512.04202; Pooladzandi & Li (2024), arXiv
-    2402.04553. Chapter 10, eq-sh-psgd.
+    Source: Li (2018), arXiv 1512.04202; Li (2024), arXiv 2402.11858. Chapter
+    10, eq-sh-psgd.
     """
 
+    engines = ("auto", "loop", "foreach")  # inductor of torch 2.13 gets it wrong
     precise = ("left", "right", "left_norm", "right_norm")
     ranges = {**MatrixOptimizer.ranges, "preconditioner_lr": "(0, 1]", "clip": "(0, inf)"}
 
@@ -776,7 +778,7 @@ class PSGDKron(MatrixOptimizer):
         for name in ("preconditioner_lr", "clip"):
             check_range(name, group[name], self.ranges[name])
 
-    # %% 10_shampoo_soap sec-sh-a 25 471469a7
+    # %% 10_shampoo_soap sec-sh-psgd 3 471469a7
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         m = s.exp_avg.lerp_(g, 1 - h.betas[0]) * h.c1
@@ -792,7 +794,7 @@ class PSGDKron(MatrixOptimizer):
             u = clipped(preconditioned(m, s.left, s.right), limit=h.clip)
         p.mul_(h.decay).add_(u, alpha=-h.lr)
 
-    # %% 10_shampoo_soap sec-sh-a 27 18f3e2b8
+    # %% 10_shampoo_soap sec-sh-psgd 5 18f3e2b8
     @staticmethod
     def clock(h: Any) -> None:
         h.c1, h.c2 = 1 / (1 - h.betas[0] ** h.step), (1 - h.betas[1] ** h.step) ** 0.5
@@ -813,7 +815,7 @@ class PSGDKron(MatrixOptimizer):
         return s
 
 
-# %% 10_shampoo_soap sec-sh-a 24 6bdf761e
+# %% 10_shampoo_soap sec-sh-psgd 2 6bdf761e
 def quad_step(
     A: Tensor, Q: Tensor, size: Tensor, c: float, mu: float
 ) -> tuple[Tensor, Tensor]:
@@ -826,7 +828,7 @@ def quad_step(
     return (Y + Y.mT) / 2, size
 
 
-# %% 10_shampoo_soap sec-sh-a 26 a44f6e97
+# %% 10_shampoo_soap sec-sh-psgd 4 a44f6e97
 @matrixwise
 def preconditioned(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
     """``(Q_LᵀQ_L) X (Q_RᵀQ_R)``; an empty factor leaves its side alone."""
