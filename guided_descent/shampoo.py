@@ -1,6 +1,6 @@
 # Generated from chapters/10_shampoo_soap.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a7016386
+# %% head 59ba4ff9
 """Chapter 10, Shampoo and SOAP."""
 
 __all__ = [
@@ -32,8 +32,7 @@ __all__ = [
 ]
 
 
-# %% 10_shampoo_soap sec-sh-adagrad 1 029cb4eb
-import math
+# %% 10_shampoo_soap sec-sh-adagrad 1 5eca8c58
 import warnings
 from collections import Counter
 from typing import Any, Literal, Unpack
@@ -455,7 +454,7 @@ class SOAP(MatrixOptimizer):
             s.left.copy_(learn_left(s.left, left, h.w2, 1 - h.w2))
             s.right.copy_(learn_right(s.right, right, h.w2, 1 - h.w2))
 
-    # %% 10_shampoo_soap sec-sh-soap 4 570507a8
+    # %% 10_shampoo_soap sec-sh-soap 5 570507a8
     @staticmethod
     def refresh(s: Any, h: Any) -> None:
         if _is_vector(s):
@@ -471,7 +470,7 @@ class SOAP(MatrixOptimizer):
             s.left_values.copy_(values_in(s.left, L))
             s.right_values.copy_(values_in(s.right, R))
 
-    # %% 10_shampoo_soap sec-sh-soap 5 0a9a68c9
+    # %% 10_shampoo_soap sec-sh-soap 6 0a9a68c9
     @staticmethod
     def clock(h: Any) -> None:
         """The first gradient is in the state already: its weights are zero."""
@@ -501,14 +500,14 @@ class SOAP(MatrixOptimizer):
             s["exp_avg"], s["exp_avg_sq"] = (1 - h.betas[0]) * G, (1 - h.betas[1]) * G**2
         return s
 
-    # %% 10_shampoo_soap sec-sh-soap 7 57277d04
+    # %% 10_shampoo_soap sec-sh-soap 8 57277d04
     def _check_group(self, group: dict[str, Any]) -> None:
         super(SOAP, self)._check_group(group)
         check_choice("first_step", group["first_step"], ("move", "skip"))
         check_choice("kl", group["kl"], (False, True))
 
 
-# %% 10_shampoo_soap sec-sh-soap 3 3bc658a4
+# %% 10_shampoo_soap sec-sh-soap 3 c2a15c04
 @matrixwise
 def eigenbasis(A: Tensor, jitter: float = 1e-9) -> Tensor:
     """Eigenvectors of a positive semi-definite matrix, the largest value first.
@@ -531,6 +530,7 @@ def eigenbasis(A: Tensor, jitter: float = 1e-9) -> Tensor:
     return Q.flip(-1).contiguous()
 
 
+# %% 10_shampoo_soap sec-sh-soap 4 f990b979
 @matrixwise
 def next_basis(A: Tensor, Q: Tensor, jitter: float = 1e-9) -> tuple[Tensor, Tensor]:
     """One step of subspace iteration: Q sorted by its eigenvalues, then qr(A Q).
@@ -556,7 +556,7 @@ def next_basis(A: Tensor, Q: Tensor, jitter: float = 1e-9) -> tuple[Tensor, Tens
     return Q * torch.where(signs == 0, 1, signs).unsqueeze(-2), order
 
 
-# %% 10_shampoo_soap sec-sh-soap 6 de45f47f
+# %% 10_shampoo_soap sec-sh-soap 7 1f36b44f
 def _first_factors(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
     """L and R after the first gradient; of a side that is left alone, empty."""
     left, right = _sides(p, h)
@@ -567,13 +567,13 @@ def _first_factors(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"left": weight * L, "right": weight * R}
     size = g.square().mean().sqrt()
     safe = torch.where(size > 0, size, 1)
-    eye = lambda A: torch.eye(len(A), dtype=A.dtype, device=A.device)
-    L = (1 - weight) * size * eye(L) + weight * L / (n * safe)
-    R = (1 - weight) * size * eye(R) + weight * R / (m * safe)
+    L, R = weight * L / (n * safe), weight * R / (m * safe)
+    for A in (L, R):
+        A.diagonal().add_((1 - weight) * size)
     return {"left": L, "right": R}
 
 
-# %% 10_shampoo_soap sec-sh-soap 8 02faf5e9
+# %% 10_shampoo_soap sec-sh-soap 9 02faf5e9
 @matrixwise
 def values_in(A: Tensor, Q: Tensor) -> Tensor:
     """The diagonal of ``Qᵀ A Q``."""
@@ -716,7 +716,7 @@ def whitened(g: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     return left / n**0.5, right / m**0.5
 
 
-# %% 10_shampoo_soap sec-sh-psgd 1 80fc9960
+# %% 10_shampoo_soap sec-sh-psgd 1 aae16af4
 class PSGDKron(MatrixOptimizer):
     """PSGD with two Kronecker factors, fitted without inverses or roots.
 
@@ -746,7 +746,8 @@ class PSGDKron(MatrixOptimizer):
 
     engines = ("auto", "loop", "foreach")  # inductor of torch 2.13 gets it wrong
     precise = ("left", "right", "left_norm", "right_norm")
-    ranges = {**MatrixOptimizer.ranges, "preconditioner_lr": "(0, 1]", "clip": "(0, inf)"}
+    ranges = {**MatrixOptimizer.ranges, "preconditioner_lr": "(0, 1]"}
+    ranges |= {"clip": "(0, inf)"}
 
     def __init__(
         self,
@@ -772,11 +773,6 @@ class PSGDKron(MatrixOptimizer):
             "max_dim": max_dim,
         }
         super().__init__(params, defaults, **options)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        for name in ("preconditioner_lr", "clip"):
-            check_range(name, group[name], self.ranges[name])
 
     # %% 10_shampoo_soap sec-sh-psgd 3 471469a7
     @staticmethod
@@ -828,7 +824,7 @@ def quad_step(
     return (Y + Y.mT) / 2, size
 
 
-# %% 10_shampoo_soap sec-sh-psgd 4 a44f6e97
+# %% 10_shampoo_soap sec-sh-psgd 4 673af78f
 @matrixwise
 def preconditioned(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
     """``(Q_LᵀQ_L) X (Q_RᵀQ_R)``; an empty factor leaves its side alone."""
@@ -838,16 +834,16 @@ def preconditioned(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
 
 @matrixwise
 def fitted(
-    g: Tensor, Q_L: Tensor, Q_R: Tensor, l: Tensor, r: Tensor, mu: float
+    g: Tensor, Q_L: Tensor, Q_R: Tensor, left: Tensor, right: Tensor, mu: float
 ) -> tuple[Tensor, ...]:
     """Both factors of PSGD after one gradient, and their bounds."""
     m, n = g.shape[-2:]
     P = preconditioned(g, Q_L, Q_R)
     if Q_L.numel():
-        Q_L, l = quad_step(P @ P.mT, Q_L, l, n, mu)
+        Q_L, left = quad_step(P @ P.mT, Q_L, left, n, mu)
     if Q_R.numel():
-        Q_R, r = quad_step(P.mT @ P, Q_R, r, m, mu)
-    return Q_L, Q_R, l, r
+        Q_R, right = quad_step(P.mT @ P, Q_R, right, m, mu)
+    return Q_L, Q_R, left, right
 
 
 @matrixwise

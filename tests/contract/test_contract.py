@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import guided_descent as gd
 from guided_descent.core import ENGINES, Optimizer
-from guided_descent.examples import Muon
-from guided_descent.examples import PlainSOAP
+from guided_descent.examples import Muon, PlainSOAP
 from guided_descent.problems import GradientDescent
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
