@@ -1,6 +1,6 @@
 # Generated from chapters/04_adaptive_methods.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 928b5cfc
+# %% head 5640e117
 """Chapter 04, Adaptive methods."""
 
 __all__ = [
@@ -24,10 +24,9 @@ from torch import Tensor
 from guided_descent.core import Optimizer, Options
 
 
-# %% 04_adaptive_methods sec-adagrad 2 ed612805
+# %% 04_adaptive_methods sec-adagrad 2 ae3b8550
 class Adagrad(Optimizer):
-    """AdaGrad: each coordinate's step is divided by the root of all the squared
-    gradients it has seen.
+    """AdaGrad: each coordinate divided by the root of its summed squares.
 
     ``s ← s + g²;  x ← x − lr / (1 + (t−1) lr_decay) · g / (√s + eps)``, with ``g +
     weight_decay · x`` for g.
@@ -105,10 +104,9 @@ class Adagrad(Optimizer):
         )
 
 
-# %% 04_adaptive_methods sec-forgetting 1 9bd28e81
+# %% 04_adaptive_methods sec-forgetting 1 ae4f0aac
 class RMSprop(Optimizer):
-    """RMSprop: each coordinate's step is divided by the root of a running mean of its
-    squared gradient.
+    """RMSprop: each coordinate divided by the root of its mean square.
 
     ``v ← α v + (1−α) g²;  x ← x − lr · g / (√v + eps)``, with ``g + weight_decay · x``
     for g. Centered: ``v − m²`` instead of v, with ``m ← α m + (1−α) g``. With momentum
@@ -178,10 +176,9 @@ class RMSprop(Optimizer):
         return {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in names}
 
 
-# %% 04_adaptive_methods sec-adam 1 0790076a
+# %% 04_adaptive_methods sec-adam 1 c7da1d43
 def _decayed(p: Tensor, g: Tensor, h: Any) -> Tensor:
-    """Weight decay: shrink the parameter (decoupled), or add its pull to the gradient
-    (L2)."""
+    """Weight decay: shrink the parameter (decoupled), or add to the gradient (L2)."""
     if h.weight_decay and h.decoupled_weight_decay:
         p.mul_(1 - h.lr * h.weight_decay)
     elif h.weight_decay:
@@ -198,10 +195,9 @@ def _moments(g: Tensor, s: Any, h: Any) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-# %% 04_adaptive_methods sec-adam 3 26498e36
+# %% 04_adaptive_methods sec-adam 3 806f4dfe
 class Adam(Optimizer):
-    """Adam: the running mean of the gradient, divided by the root of the running mean
-    of its square.
+    """Adam: the gradient's mean divided by the root of its mean square.
 
     ``m ← β₁ m + (1−β₁) g;  v ← β₂ v + (1−β₂) g²;  x ← x − lr · m̂ / (√v̂ + eps)``, with
     ``m̂ = m / (1−β₁ᵗ)`` and ``v̂ = v / (1−β₂ᵗ)``. AMSGrad divides by the largest v so
@@ -372,10 +368,9 @@ class NAdam(Optimizer):
         h.root_correction = (1 - b2**h.step) ** 0.5
 
 
-# %% 04_adaptive_methods sec-weight-decay 1 d6de76d3
+# %% 04_adaptive_methods sec-weight-decay 1 438c6633
 class AdamW(Adam):
-    """AdamW: Adam whose weight decay acts on the parameter and not through the
-    gradient.
+    """AdamW: Adam whose weight decay acts on the parameter itself.
 
     ``x ← (1 − lr · weight_decay) x``, then ``Adam``'s step.
 
@@ -425,10 +420,9 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
-# %% 04_adaptive_methods sec-adafactor 1 d9cbb9ee
+# %% 04_adaptive_methods sec-adafactor 1 674948c3
 def _min(a: Any, b: Any) -> Any:
-    """The smaller of two numbers, either of which may be a tensor; without reading
-    it."""
+    """The smaller of two numbers or tensors, without reading either."""
     if isinstance(b, Tensor):
         a, b = b, a
     return a.clamp(max=b) if isinstance(a, Tensor) else min(a, b)
@@ -439,14 +433,17 @@ def _rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / max(1, x.numel()) ** 0.5
 
 
-# %% 04_adaptive_methods sec-adafactor 2 bba1a504
+# %% 04_adaptive_methods sec-adafactor 2 00c732ec
 class Adafactor(Optimizer):
-    """Adafactor: Adam's second moment of a matrix kept as its row and column means, and
-    no first moment.
+    """Adafactor: Adam's second moment by its row and column means, no momentum.
 
-    ``R ← R + ρ₂ (row means of G² − R)``, C likewise, with ``ρ₂ = t^beta2_decay``; ``V =
-    R C / mean R``; ``U = G / √V``, clipped to root mean square d; ``X ← X − min(lr,
-    1/√t) · max(eps₂, RMS(X)) · U``. Vectors and numbers keep a full V.
+    With ``ρ₂ = t^beta2_decay``, and U clipped to root mean square d::
+
+        R ← R + ρ₂ (row means of G² − R)        C likewise by columns
+        V = R C / mean R,   U = G / √V
+        X ← X − min(lr, 1/√t) · max(eps₂, RMS(X)) · U
+
+    Vectors and numbers keep a full V.
 
     Args:
         params: Real parameters or parameter groups. Tensors of more than two dimensions

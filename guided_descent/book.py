@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head d80dd397
+# %% head ddfc3cba
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-check 1 13f2ffb7
+# %% 23_machinery sec-check 1 dcbd8dd7
 import base64
 import io
 import os
@@ -24,6 +24,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -37,11 +38,14 @@ from torch import Tensor
 from guided_descent.core import check_range
 
 
-def check(label: str, actual: Any, expected: Any, *, tol: float = 1e-12, relation: str = "==") -> None:
+def check(
+    label: str, actual: Any, expected: Any, *, tol: float = 1e-12, relation: str = "=="
+) -> None:
     """Compare the two sides of a labelled equation, and print a tick.
 
-    Every element must satisfy ``|actual − expected| ≤ tol · max(1, |expected|)``, or for an inequality
-    ``actual ≤ expected + tol · max(1, |expected|)`` (mirrored for ``>=``).
+    Every element must satisfy ``|actual − expected| ≤ tol · max(1, |expected|)``, or
+    for an inequality ``actual ≤ expected + tol · max(1, |expected|)``; mirrored for
+    ``>=``.
 
     Args:
         label: The equation's label in the chapter, such as ``"eq-gd-modes"``.
@@ -51,35 +55,41 @@ def check(label: str, actual: Any, expected: Any, *, tol: float = 1e-12, relatio
         relation: ``"=="``, ``"<="`` or ``">="``.
 
     Raises:
-        AssertionError: The relation does not hold, the shapes differ, there is nothing to compare, or a value is not
-            finite.
-        ValueError: An unknown relation, an order of complex numbers, or a tolerance that is not positive and finite.
+        AssertionError: The relation does not hold, the shapes differ, there is nothing
+            to compare, or a value is not finite.
+        ValueError: An unknown relation, an order of complex numbers, or a tolerance
+            that is not positive and finite.
 
     Source: appendix "The machinery".
     """
     signs = {"==": "", "<=": "≤ ", ">=": "≥ "}
     if relation not in signs:
-        raise ValueError(f"relation={relation!r} is unknown; use one of {', '.join(map(repr, signs))}")
+        known = ", ".join(map(repr, signs))
+        raise ValueError(f"relation={relation!r} is unknown; use one of {known}")
     check_range("tol", tol, "(0, inf)")
     a, e = _array(actual), _array(expected)
     if relation != "==" and (np.iscomplexobj(a) or np.iscomplexobj(e)):
-        raise ValueError(f"relation={relation!r} does not order complex numbers; compare their absolute values")
+        told = f"relation={relation!r} does not order complex numbers"
+        raise ValueError(f"{told}; compare their absolute values")
     if a.size == 0 or not (np.isfinite(a).all() and np.isfinite(e).all()):
-        raise AssertionError(f"({label}) compares nothing, or something not finite: actual {a}, expected {e}")
+        told = f"({label}) compares nothing, or something not finite"
+        raise AssertionError(f"{told}: actual {a}, expected {e}")
     if e.ndim and a.shape != e.shape:
         raise AssertionError(f"({label}) compares shapes {a.shape} and {e.shape}")
     gap = {"==": abs(a - e), "<=": a - e, ">=": e - a}[relation]
     if not (gap <= tol * np.maximum(1, abs(e))).all():
         raise AssertionError(
-            f"({label}) fails: actual {a} {relation} expected {e}; largest gap {np.max(gap):.3g}, tolerance {tol:g}"
+            f"({label}) fails: actual {a} {relation} expected {e}; "
+            f"largest gap {np.max(gap):.3g}, tolerance {tol:g}"
         )
     print(f"✓ ({label}) {signs[relation]}within {tol:g}")
 
 
 def _array(x: Any) -> np.ndarray:
-    """In double precision, so that neither bfloat16 nor unsigned integers are in the way of a difference."""
+    """In double precision: differences of bfloat16 or unsigned integers mislead."""
     if isinstance(x, Tensor):
-        x = x.detach().cpu().to(torch.promote_types(x.dtype, torch.float64)).resolve_conj()
+        double = torch.promote_types(x.dtype, torch.float64)
+        x = x.detach().cpu().to(double).resolve_conj()
     x = np.asarray(x)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
@@ -182,7 +192,7 @@ def train(
     return {name: torch.stack(values).cpu() for name, values in history.items()}
 
 
-# %% 23_machinery sec-figures 1 1cf3fa9e
+# %% 23_machinery sec-figures 1 3e558c44
 #: The palette of Okabe and Ito: it survives colour blindness and grey print.
 COLORS = {
     "blue": "#0072B2",
@@ -197,7 +207,7 @@ COLORS = {
 
 
 def style() -> None:
-    """Set the book's figure style: colour-blind-safe (Okabe and Ito), SVG, legible on a phone.
+    """Set the book's figure style: SVG in Okabe and Ito's colours, legible on a phone.
 
     Source: appendix "The machinery".
     """
@@ -225,13 +235,13 @@ def style() -> None:
         from IPython import get_ipython
 
         if shell := get_ipython():
-            plt.close(plt.figure())  # the notebook's backend registers its formatter first
+            plt.close(plt.figure())  # the backend registers its formatter first
             formatters = shell.display_formatter.formatters
             formatters["image/png"].pop(Figure, None)
             formatters["image/svg+xml"].for_type(Figure, _svg)
 
 
-# %% 23_machinery sec-figures 2 d5226669
+# %% 23_machinery sec-figures 2 7cfd66af
 def _svg(figure: Figure) -> str:
     """The figure as SVG, the same at every run; what is dense in it as pixels."""
     svg = _draw(figure)
@@ -251,7 +261,8 @@ def _dense(artist: Any) -> bool:
     if isinstance(artist, Collection):
         points = sum(len(path.vertices) for path in artist.get_paths())
         return max(points, len(artist.get_offsets())) > 400
-    return isinstance(artist, Line2D) and artist.get_marker() != "None" and len(artist.get_xdata()) > 400
+    marked = isinstance(artist, Line2D) and artist.get_marker() != "None"
+    return marked and len(artist.get_xdata()) > 400
 
 
 def _draw(figure: Figure) -> str:
@@ -263,8 +274,10 @@ def _draw(figure: Figure) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[\w.]+_\d+"|^ +', "", svg, flags=re.MULTILINE)
-    svg = re.sub(r'\b(d|x|y)="[^"]+"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)
-    svg = re.sub(r'\bd="[^"]+"', lambda m: re.sub(r"\s*([A-Zz\"])\s*", r"\1", m[0]), svg)
+    rounded = partial(re.sub, r"(\.\d\d)\d+", r"\1")
+    svg = re.sub(r'\b(d|x|y)="[^"]+"', lambda m: rounded(m[0]), svg)
+    packed = partial(re.sub, r"\s*([A-Zz\"])\s*", r"\1")
+    svg = re.sub(r'\bd="[^"]+"', lambda m: packed(m[0]), svg)
     return re.sub(r"(?<=data:image/png;base64,)[^\"]+", _fewer_colours, svg)
 
 
@@ -281,19 +294,20 @@ def _fewer_colours(png: re.Match[str]) -> str:
 def _panels(figure: Figure) -> str:
     """Where panels side by side may be cut apart: in points, ``left:right`` of each.
 
-    ``+left:right`` follows a panel whose numbers stand beside the first one: the strip that
-    holds them. Empty where nothing can be cut.
+    ``+left:right`` follows a panel whose numbers stand beside the first one: the strip
+    that holds them. Empty where nothing can be cut.
     """
     renderer = figure.canvas.get_renderer()
     columns: dict[int, list[Any]] = {}
     for axes in figure.axes:
         spec = axes.get_subplotspec()
-        column = spec.get_topmost_subplotspec().colspan.start if spec else max(columns, default=0)
+        top = spec.get_topmost_subplotspec() if spec else None
+        column = top.colspan.start if top else max(columns, default=0)
         columns.setdefault(column, []).append(axes)
     if len(columns) < 2 or figure.texts or figure.legends or figure.get_suptitle():
         return ""
     scale = 72 / figure.dpi
-    boxes = [[axes.get_tightbbox(renderer) for axes in columns[k]] for k in sorted(columns)]
+    boxes = [[a.get_tightbbox(renderer) for a in columns[k]] for k in sorted(columns)]
     left = [scale * min(box.x0 for box in column) for column in boxes]
     right = [scale * max(box.x1 for box in column) for column in boxes]
     if any(b < a for a, b in zip(right, left[1:], strict=False)):
@@ -311,7 +325,7 @@ def _panels(figure: Figure) -> str:
     return " ".join(found)
 
 
-# %% 23_machinery sec-figures 3 f635825c
+# %% 23_machinery sec-figures 3 92ee2c9b
 def slider(
     frames: dict[str, list[dict[str, Any]]],
     *,
@@ -394,7 +408,8 @@ def interactive(figure: dict[str, Any], text: str) -> None:
     if "google.colab" in sys.modules:
         import plotly.io
 
-        bundle["text/html"] = plotly.io.to_html(figure, include_plotlyjs="cdn", full_html=False)
+        options = {"include_plotlyjs": "cdn", "full_html": False}
+        bundle["text/html"] = plotly.io.to_html(figure, **options)
     display(bundle, raw=True)
 
 

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head d0bc8615
+# %% head 71b33f39
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -285,7 +285,7 @@ class _RootTap(torch.autograd.Function):
         return g, None, None
 
 
-# %% 23_machinery sec-capture 9 7e785e56
+# %% 23_machinery sec-capture 9 beca08a7
 def _mapped(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """What a model returned, a function of each tensor; containers are copied."""
     if isinstance(output, Tensor):
@@ -555,7 +555,7 @@ class Capture:
         return value if value.requires_grad and value.numel() else None
 
     def examine(self, f: Tensor, g: Tensor | None) -> None:
-        """Hold the likelihood against ``g``, the gradient of the user's loss by ``f``."""
+        """Hold the likelihood against ``g``, the user's gradient at ``f``."""
         loose = self.fisher == "empirical" and f.ndim < 3
         if g is None or loose or callable(self.likelihood):
             return

@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 8f081333
+# %% head 8943209c
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -443,7 +443,7 @@ def _likelihood_of(loss: Any) -> tuple[Likelihood, float, bool]:
     return LIKELIHOODS[loss], 1.0, False
 
 
-# %% 07_curvature_matrices sec-cm-fisher 4 2ef4d445
+# %% 07_curvature_matrices sec-cm-fisher 4 8e62f2b4
 class Fisher(OutputCurvature):
     """The Fisher information, ``E_y[∇log p · ∇log pᵀ]``, y from the model.
 
@@ -495,8 +495,19 @@ class Fisher(OutputCurvature):
     def _rows(self, f: Tensor) -> Tensor:
         return self.likelihood.rows(f)
 
+    # %% 07_curvature_matrices sec-cm-fisher 5 80812eba
     def _middle(self, i: int, f: Tensor, y: Any) -> Callable[[Tensor], Tensor]:
-        factor, per_output = self._scale
+        c = self._weight(f, y)
+        if self.samples is None:
+            exact = self.likelihood.fisher(f)
+            return lambda u: c * exact(u)
+        s = self._draws(i, f)  # (samples, examples, outputs)
+        c = c / self.samples
+        return lambda u: c * (s * (s * u).sum(-1, keepdim=True)).sum(0)
+
+    # %% 07_curvature_matrices sec-cm-fisher 6 097267cf
+    def _weight(self, f: Tensor, y: Any) -> float:
+        """The weight of one row of outputs in the whole."""
         labels = self.likelihood is LIKELIHOODS["categorical"]
         if labels and not y.is_floating_point() and y.numel() != len(f):
             raise ValueError(
@@ -504,17 +515,17 @@ class Fisher(OutputCurvature):
                 f"{f.shape[1]} classes; the model's outputs need the classes "
                 "on axis 1: use movedim(-1, 1), or flatten the other axes"
             )
+        factor, per_output = self._scale
         c = factor * self._share(y) / (len(f) if self._mean else 1)
-        c = c / f.shape[-1] if per_output else c
-        if self.samples is None:
-            exact = self.likelihood.fisher(f)
-            return lambda u: c * exact(u)
+        return c / f.shape[-1] if per_output else c
+
+
+    def _draws(self, i: int, f: Tensor) -> Tensor:
+        """Scores of drawn labels, the same for all products."""
         if i not in self._drawn:
             draw = partial(self.likelihood.score, f, self.generator)
             self._drawn[i] = [draw() for _ in range(self.samples)]
-        s = torch.stack(self._drawn[i])  # (samples, examples, outputs)
-        c = c / self.samples
-        return lambda u: c * (s * (s * u).sum(-1, keepdim=True)).sum(0)
+        return torch.stack(self._drawn[i])
 
 
 # %% 07_curvature_matrices sec-cm-empirical 1 48f2fbfe
@@ -549,7 +560,7 @@ class EmpiricalFisher(OutputCurvature):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-natural 1 c815bc26
+# %% 07_curvature_matrices sec-cm-natural 1 94846100
 class NaturalGradient(VectorOptimizer):
     """Natural gradient: steepest descent where distance is KL divergence.
 
@@ -618,33 +629,27 @@ class NaturalGradient(VectorOptimizer):
         super().__init__(model.parameters(), defaults, **options)
         self.model = model
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_choice("likelihood", group["likelihood"], LIKELIHOODS)
-
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
-        """Take one step, with an eye on the model's outputs.
-
-        Args:
-            closure: Computes the loss with the model and returns it. It does
-                not call ``backward``.
-
-        Returns:
-            The loss before the step.
-        """
-        self.outputs: list[Tensor] = []
-        self.slopes: dict[int, Tensor] = {}
-        hook = self.model.register_forward_hook(self._keep)
-        try:  # only this attention kernel can be differentiated twice
-            with sdpa_kernel(SDPBackend.MATH):
-                return super().step(closure)
-        finally:
-            hook.remove()
-            del self.outputs, self.slopes
-
+    # %% 07_curvature_matrices sec-cm-natural 2 ffc8985e
     def search(
         self, objective: Objective, f: float, g: Tensor, group: dict, state: dict
     ) -> Tensor:
+        g, F = self._metric(objective, g, group)
+        d, _, _ = truncated_cg(
+            lambda v: F(v) + group["damping"] * v,
+            g,
+            tol=group["tol"] * g.norm(),
+            limit=group["iterations"],
+        )
+        step = float(group["lr"]) * d
+        kl = (step @ F(step) / 2).clamp(min=0)
+        state["n_iter"] += 1
+        return objective.x + (group["max_kl"] / kl).sqrt().clamp(max=1) * step
+
+    # %% 07_curvature_matrices sec-cm-natural 3 7f47e0ee
+    def _metric(
+        self, objective: Objective, g: Tensor, group: dict
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The gradient, and the Fisher matrix where it was taken."""
         if not self.outputs:
             raise ValueError(
                 "the closure did not call the model with gradients on; "
@@ -652,41 +657,9 @@ class NaturalGradient(VectorOptimizer):
             )
         if group["likelihood"] == "categorical" and not self._checked:
             self._check_classes()
-        g = g.to(wide(g.dtype))
-        F = self._fisher(objective.params, LIKELIHOODS[group["likelihood"]])
-        z, _, _ = truncated_cg(
-            lambda v: F(v) + group["damping"] * v,
-            g,
-            tol=group["tol"] * g.norm(),
-            limit=group["iterations"],
-        )
-        step = float(group["lr"]) * z
-        kl = (step @ F(step) / 2).clamp(min=0)
-        state["n_iter"] += 1
-        return objective.x + (group["max_kl"] / kl).sqrt().clamp(max=1) * step
+        kind = LIKELIHOODS[group["likelihood"]]
+        return g.to(wide(g.dtype)), self._fisher(objective.params, kind)
 
-    def _keep(self, module: nn.Module, args: Any, f: Any) -> None:
-        """Note an output of the model, and later the loss's gradient there."""
-        if not isinstance(f, Tensor):
-            raise TypeError(
-                f"the model returned a {type(f).__name__}; "
-                "NaturalGradient needs one tensor of outputs"
-            )
-        if f.requires_grad:
-            f.register_hook(partial(self.slopes.__setitem__, len(self.outputs)))
-            self.outputs.append(f)
-
-    def _check_classes(self) -> None:
-        """A loss of softmax(f) does not feel a shift of f: Σ ∂L/∂f = 0."""
-        for k, s in self.slopes.items():
-            if s.ndim > 1 and s.sum(1).abs().sum() > 0.1 * s.abs().sum():
-                raise ValueError(
-                    "likelihood='categorical' does not fit the closure's loss of "
-                    f"outputs of shape {tuple(self.outputs[k].shape)}: it needs "
-                    "logits with the classes on axis 1; use movedim(-1, 1) "
-                    "in the model, or another likelihood"
-                )
-        self._checked = True
 
     def _fisher(
         self, params: list[Tensor], kind: Likelihood
@@ -704,7 +677,58 @@ class NaturalGradient(VectorOptimizer):
         return product
 
 
-# %% 07_curvature_matrices sec-cm-trace 1 a693da5c
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+        """Take one step, with an eye on the model's outputs.
+
+        Args:
+            closure: Computes the loss with the model and returns it. It does
+                not call ``backward``.
+
+        Returns:
+            The loss before the step.
+        """
+        self.outputs: list[Tensor] = []
+        self.slopes: dict[int, Tensor] = {}
+        hook = self.model.register_forward_hook(self._keep)
+        try:  # only this attention kernel can be differentiated twice
+            with sdpa_kernel(SDPBackend.MATH):
+                return super(NaturalGradient, self).step(closure)
+        finally:
+            hook.remove()
+            del self.outputs, self.slopes
+
+
+    def _keep(self, module: nn.Module, args: Any, f: Any) -> None:
+        """Note an output of the model, and later the loss's gradient there."""
+        if not isinstance(f, Tensor):
+            raise TypeError(
+                f"the model returned a {type(f).__name__}; "
+                "NaturalGradient needs one tensor of outputs"
+            )
+        if f.requires_grad:
+            f.register_hook(partial(self.slopes.__setitem__, len(self.outputs)))
+            self.outputs.append(f)
+
+
+    def _check_classes(self) -> None:
+        """A loss of softmax(f) does not feel a shift of f: Σ ∂L/∂f = 0."""
+        for k, s in self.slopes.items():
+            if s.ndim > 1 and s.sum(1).abs().sum() > 0.1 * s.abs().sum():
+                raise ValueError(
+                    "likelihood='categorical' does not fit the closure's loss of "
+                    f"outputs of shape {tuple(self.outputs[k].shape)}: it needs "
+                    "logits with the classes on axis 1; use movedim(-1, 1) "
+                    "in the model, or another likelihood"
+                )
+        self._checked = True
+
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super(NaturalGradient, self)._check_group(group)
+        check_choice("likelihood", group["likelihood"], LIKELIHOODS)
+
+
+# %% 07_curvature_matrices sec-cm-trace 1 c4526833
 class Estimate(NamedTuple):
     """A random estimate and its standard error."""
 
@@ -735,6 +759,11 @@ def rademacher(
     return bits.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
+def _mean(x: Tensor) -> Estimate:
+    return Estimate(x.mean(-1), x.std(-1) / x.shape[-1] ** 0.5)
+
+
+# %% 07_curvature_matrices sec-cm-trace 2 07f31528
 def hutchinson_trace(
     A: Any, samples: int = 100, *, generator: torch.Generator | None = None
 ) -> Estimate:
@@ -777,11 +806,7 @@ def hutchinson_diagonal(
     return _mean(Z * (A @ Z))
 
 
-def _mean(x: Tensor) -> Estimate:
-    return Estimate(x.mean(-1), x.std(-1) / x.shape[-1] ** 0.5)
-
-
-# %% 07_curvature_matrices sec-cm-trace 2 b5d90894
+# %% 07_curvature_matrices sec-cm-trace 3 b5d90894
 def hutchpp_trace(
     A: Any, products: int = 99, *, generator: torch.Generator | None = None
 ) -> Estimate:
@@ -810,7 +835,7 @@ def hutchpp_trace(
     return Estimate((Q * (A @ Q)).sum() + rest.value, rest.error)
 
 
-# %% 07_curvature_matrices sec-cm-spectrum 1 1bd08a34
+# %% 07_curvature_matrices sec-cm-spectrum 1 768b2a7a
 class Ritz(NamedTuple):
     """What Lanczos learns of a spectrum."""
 
@@ -824,6 +849,28 @@ class Ritz(NamedTuple):
     """Squared components of the start in the Ritz vectors, ``(k,)``."""
 
 
+def _tridiagonal(alpha: list[Tensor], beta: list[Tensor]) -> tuple[Tensor, Tensor]:
+    a, b = torch.stack(alpha), torch.stack(beta)[:-1]
+    T = torch.diag(a) + torch.diag(b, 1) + torch.diag(b, -1)
+    return torch.linalg.eigh(T)
+
+
+def _first(A: Any, start: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """The first Lanczos vector, of length one."""
+    n = A.shape[0]
+    if start is None:
+        start = torch.empty(n, dtype=A.dtype, device=A.device)
+        start.normal_(generator=generator)
+    length = start.norm()
+    if start.shape != (n,) or not 0 < length < torch.inf:
+        raise ValueError(
+            f"start has shape {tuple(start.shape)} and norm {length:g}; pass "
+            f"a finite vector of shape ({n},) that is not zero"
+        )
+    return start / length
+
+
+# %% 07_curvature_matrices sec-cm-spectrum 2 ccbdd38a
 def lanczos(
     A: Any,
     steps: int,
@@ -861,18 +908,9 @@ def lanczos(
     """
     check_range("steps", steps, "[1, inf) int")
     check_range("tol", tol, "(0, inf)")
-    n = A.shape[0]
-    if start is None:
-        start = torch.empty(n, dtype=A.dtype, device=A.device)
-        start.normal_(generator=generator)
-    length = start.norm()
-    if start.shape != (n,) or not 0 < length < torch.inf:
-        raise ValueError(
-            f"start has shape {tuple(start.shape)} and norm {length:g}; pass "
-            f"a finite vector of shape ({n},) that is not zero"
-        )
-    V = start.new_empty(min(steps, n), n)
-    V[0] = start / length
+    first = _first(A, start, generator)
+    V = first.new_empty(min(steps, len(first)), len(first))
+    V[0] = first
     alpha, beta, largest = [], [], 0.0
     for k in range(1, len(V) + 1):
         v, seen = V[k - 1], V[:k]
@@ -896,13 +934,7 @@ def lanczos(
     return Ritz(theta, V[:k].T @ S, errors, S[0].square())
 
 
-def _tridiagonal(alpha: list[Tensor], beta: list[Tensor]) -> tuple[Tensor, Tensor]:
-    a, b = torch.stack(alpha), torch.stack(beta)[:-1]
-    T = torch.diag(a) + torch.diag(b, 1) + torch.diag(b, -1)
-    return torch.linalg.eigh(T)
-
-
-# %% 07_curvature_matrices sec-cm-spectrum 2 c22ea8b9
+# %% 07_curvature_matrices sec-cm-spectrum 3 c22ea8b9
 def spectral_density(
     A: Any,
     grid: Tensor,

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4186bc22
+# %% head ae806fe1
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-batch 1 2eb91b10
+# %% 23_machinery sec-batch 1 cc465ab2
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from torch import Tensor
 
 
 class Names:
-    """Values by attribute: ``h.lr``. (``SimpleNamespace`` cannot be traced.)"""
+    """Values by attribute: ``h.lr``; ``SimpleNamespace`` cannot be traced."""
 
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():

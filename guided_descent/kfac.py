@@ -1,6 +1,6 @@
 # Generated from chapters/08_kfac.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 7054a14b
+# %% head 4e6f68cb
 """Chapter 08, K-FAC and EKFAC."""
 
 __all__ = [
@@ -98,7 +98,7 @@ def _summed(x: Tensor, axis: int) -> Tensor:
     return whole * (whole.norm() > error)
 
 
-# %% 08_kfac sec-kfac-damping 1 9b44780b
+# %% 08_kfac sec-kfac-damping 1 f5fad243
 def rotate(V: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
     """``leftᵀ V right``; ``right = None`` stands for the identity."""
     V = left.mT @ V
@@ -118,6 +118,11 @@ def divide(V: Tensor, curvature: Tensor, damping: float | Tensor) -> Tensor:
     return torch.where(known, V / total, 0)
 
 
+def _mean_eigenvalue(factor: Tensor) -> Tensor:
+    return (factor.diagonal() if factor.ndim == 2 else factor).mean()
+
+
+# %% 08_kfac sec-kfac-damping 2 a1a9557f
 def damping_shifts(
     A: Tensor, G: Tensor, damping: float | Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -138,10 +143,6 @@ def damping_shifts(
     pi = ratio.nan_to_num(nan=1.0).clamp(1e-8, 1e8)
     root = torch.as_tensor(damping, dtype=pi.dtype, device=pi.device).sqrt()
     return pi * root, root / pi
-
-
-def _mean_eigenvalue(factor: Tensor) -> Tensor:
-    return (factor.diagonal() if factor.ndim == 2 else factor).mean()
 
 
 # %% 08_kfac sec-kfac-bookkeeping 1 0dfe9fd8
@@ -522,21 +523,7 @@ class EKFAC(KFAC):
             **options,
         )
 
-    # %% 08_kfac sec-kfac-ekfac 3 95d3cac9
-    def statistics(
-        self, layer: Layer, a: Tensor, g: Tensor | None
-    ) -> Memory:
-        found, m = super(EKFAC, self).statistics(layer, a, g), self._memory(layer)
-        if "s" in m:
-            g = g.to(wide(g.dtype))
-            if "A_vectors" in m:
-                U_A, U_G = m["A_vectors"], m["G_vectors"]
-                found["s"] = eigenvalue_correction(a.to(g), g, U_A, U_G)
-            else:
-                found["s"] = _correct_words(a, g, m["A_values"], m["G_vectors"])
-        return found
-
-
+    # %% 08_kfac sec-kfac-ekfac 3 720c61ba
     def refresh(
         self, side: str, memories: list[Memory], groups: list[Names]
     ) -> None:
@@ -551,6 +538,20 @@ class EKFAC(KFAC):
                     s = V @ s if side == "G" else s @ V.mT
                 m["s"] = torch.where(m["count"] > 1, s, start)
 
+    # %% 08_kfac sec-kfac-ekfac 4 210a9cfa
+    def statistics(
+        self, layer: Layer, a: Tensor, g: Tensor | None
+    ) -> Memory:
+        found, m = super(EKFAC, self).statistics(layer, a, g), self._memory(layer)
+        if "s" in m:
+            g = g.to(wide(g.dtype))
+            if "A_vectors" in m:
+                U_A, U_G = m["A_vectors"], m["G_vectors"]
+                found["s"] = eigenvalue_correction(a.to(g), g, U_A, U_G)
+            else:
+                found["s"] = _correct_words(a, g, m["A_values"], m["G_vectors"])
+        return found
+
 
     def derived(self, side: str) -> set[str]:
         return super(EKFAC, self).derived(side) | {"s"}
@@ -559,7 +560,7 @@ class EKFAC(KFAC):
     def curvature(self, m: Memory) -> Tensor:
         return m["s"]
 
-    # %% 08_kfac sec-kfac-ekfac 4 9f6c9c4b
+    # %% 08_kfac sec-kfac-ekfac 5 9f6c9c4b
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         found = super(EKFAC, self).shapes(layer)
         return found if layer.kind == "scale" else {**found, "s": layer.shape}
@@ -573,7 +574,7 @@ class EKFAC(KFAC):
         return found
 
 
-# %% 08_kfac sec-kfac-ekfac 5 e9b62d38
+# %% 08_kfac sec-kfac-ekfac 6 e9b62d38
 def _correct_words(
     indices: Tensor, g: Tensor, frequencies: Tensor, U_G: Tensor
 ) -> Tensor:

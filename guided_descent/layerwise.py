@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 31abf938
+# %% head 9d45b0d0
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -184,7 +184,7 @@ class LayerOptimizer(Optimizer):
         """``P⁻¹ g`` for the gradient matrix of one layer."""
         raise TypeError(f"{type(self).__name__} has no preconditioner")
 
-    # %% 23_machinery sec-layerwise 3 f48ccee5
+    # %% 23_machinery sec-layerwise 3 26420f25
     def _halves(self, group: Group) -> tuple[Group, Group]:
         """A group in two: what a layer covers, and what ``algorithm`` steps."""
         params = group["params"]
@@ -285,16 +285,15 @@ class LayerOptimizer(Optimizer):
         seed, t = (self._own[0][name] for name in ("seed", "steps"))
         rank = distributed.get_rank() if processes() > 1 else 0
         new = any(
-            p.grad is not None and not self._memory(layer)
+            not self._memory(layer) and any(p.grad is not None for p in layer.parameters)
             for layer in self.capture.layers
-            for p in layer.parameters
         )
         self.capture.recording = new or t % self.factor_update_every == 0
         # A generator on the CPU looks at 32 bits; the factors keep what is drawn apart.
         seed = (2654435761 * seed + 1640531527 * rank + t) % 2**32
         self.generator.manual_seed(seed)
 
-    # %% 23_machinery sec-layerwise 4 8084f5fd
+    # %% 23_machinery sec-layerwise 4 c478c214
     @torch.no_grad()
     def observe(self, layer: Layer, a: Tensor, g: Tensor | None) -> None:
         """Take in inputs and output gradients of some examples."""
@@ -343,8 +342,10 @@ class LayerOptimizer(Optimizer):
         """What is remembered of a layer; empty before its first step."""
         first = layer.parameters[0]
         memory = self.state.get(first, {}).get("layers", {}).get(self.slots[layer], {})
+        dtype = wide(first.dtype) if memory else None
         for name, x in memory.items():  # the model may have been moved to another type
-            memory[name] = x.to(wide(first.dtype))
+            if x.dtype != dtype:
+                memory[name] = x.to(dtype)
         return memory
 
 
@@ -553,7 +554,7 @@ class LayerOptimizer(Optimizer):
         self._prepare()
         return {p: u.to(p.dtype) for p, u in updates.items()}
 
-    # %% 23_machinery sec-layerwise 8 bbf3565f
+    # %% 23_machinery sec-layerwise 8 473745ef
     def _clip(self, updates: dict[Tensor, Tensor]) -> None:
         """Shrink the whole step onto its limit, at the largest lr: so far, or scheduled."""
         for group in self._own:
@@ -564,10 +565,10 @@ class LayerOptimizer(Optimizer):
             return
         terms = [x["lr_max"] ** 2 * _dot(updates[p], p.grad) for p, x in pairs]
         size = torch.stack([x.to(terms[0]).squeeze() for x in terms]).sum() / self.factor
-        for p, group in pairs:
-            if group["kl_clip"] < math.inf:
-                nu = (group["kl_clip"] / size.clamp(min=0)).sqrt().clamp(max=1)
-                updates[p].mul_(nu.to(p.device, updates[p].dtype))
+        for group in [x for x in self._own if x["kl_clip"] < math.inf]:
+            nu = (group["kl_clip"] / size.clamp(min=0)).sqrt().clamp(max=1)
+            for u in [updates[p] for p in group["params"] if p in updates]:
+                u.mul_(nu.to(u.device, u.dtype))
 
     # %% 23_machinery sec-layerwise 9 5c3d26ad
     def _update(self, layer: Layer, updates: dict[Tensor, Tensor]) -> None:

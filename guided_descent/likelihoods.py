@@ -1,6 +1,6 @@
 # Generated from chapters/07_curvature_matrices.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 523afb0e
+# %% head b578c114
 """Chapter 07, Curvature matrices."""
 
 __all__ = [
@@ -135,7 +135,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
-# %% 07_curvature_matrices sec-cm-fisher 2 d131a8c5
+# %% 07_curvature_matrices sec-cm-fisher 2 b74cb049
 def class_axis(f: Tensor, g: Tensor, given: int | None = None) -> int:
     """The axis of the classes: where a cross-entropy's gradient sums to zero.
 
@@ -182,8 +182,9 @@ def class_axis(f: Tensor, g: Tensor, given: int | None = None) -> int:
         )
     if len(found) > 1:
         raise ValueError(
-            f"the loss's gradient by the outputs of shape {shape} sums to zero over each "
-            f"of the axes {found}; pass class_dim= to say which one counts the classes"
+            f"the loss's gradient by the outputs of shape {shape} sums to zero over "
+            f"each of the axes {found}; pass class_dim= to say which one counts "
+            "the classes"
         )
     return found[0]
 
@@ -220,7 +221,7 @@ def check_no_classes(name: str, f: Tensor, g: Tensor) -> None:
         free = sums.amax() - sums.amin() > least
         if bool(free & (g.sum(axis).abs().sum() < zero * g.abs().sum())):
             raise ValueError(
-                f"likelihood={name!r} does not fit the loss: its gradient by the outputs "
-                f"of shape {tuple(f.shape)} sums to zero over axis {axis}, as a "
-                "cross-entropy's does; pass likelihood='categorical'"
+                f"likelihood={name!r} does not fit the loss: its gradient by the "
+                f"outputs of shape {tuple(f.shape)} sums to zero over axis {axis}, "
+                "as a cross-entropy's does; pass likelihood='categorical'"
             )

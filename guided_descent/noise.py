@@ -1,6 +1,6 @@
 # Generated from chapters/02_stochastic_gradients.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 9ac8dfc9
+# %% head bc15e369
 """Chapter 02, Stochastic gradients."""
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 
-# %% 02_stochastic_gradients sec-minibatch-noise 1 37365f55
+# %% 02_stochastic_gradients sec-minibatch-noise 1 83196caa
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from guided_descent.core import check_choice, check_range
+from guided_descent.core import check_choice, check_range, wide
 
 
 def minibatches(
@@ -37,8 +37,9 @@ def minibatches(
     *,
     sampling: Literal["shuffle", "without", "with"] = "shuffle",
 ) -> Iterator[Tensor]:
-    """The indices of one minibatch for each step, such as ``train(…,
-    batches=minibatches(n, 32, 1000, generator))``.
+    """The indices of one minibatch for each step.
+
+    As in ``train(…, batches=minibatches(n, 32, 1000, generator))``.
 
     Args:
         n: Number of examples, at least 1.
@@ -85,7 +86,7 @@ def minibatches(
     return draw()
 
 
-# %% 02_stochastic_gradients sec-minibatch-noise 2 656a1381
+# %% 02_stochastic_gradients sec-minibatch-noise 2 085ece50
 def per_example_gradients(
     loss: Callable[..., Tensor],
     params: Tensor | nn.Module,
@@ -93,8 +94,7 @@ def per_example_gradients(
     *,
     chunk_size: int = 64,
 ) -> Tensor:
-    """The gradient of every example's loss, one flattened row each, without a loop over
-    examples.
+    """The gradient of every example's loss, one row each, without a loop.
 
     Args:
         loss: For a tensor ``params``: called as ``loss(params, *example)``, returns a
@@ -117,34 +117,15 @@ def per_example_gradients(
 
     Source: chapter 02, "What a small batch gets wrong".
     """
-    if isinstance(examples, Tensor):
-        raise TypeError(
-            "examples is a tensor; pass a tuple of tensors, such as (inputs, targets)"
-        )
-    if len({len(e) for e in examples}) != 1 or len(examples[0]) == 0:
-        raise ValueError(
-            f"examples have lengths {[len(e) for e in examples]}; "
-            "pass tensors of one length, at least 1"
-        )
-    point, one = (
-        (params.detach(), loss)
-        if isinstance(params, Tensor)
-        else _functional(loss, params)
-    )
-    each = torch.func.vmap(
-        torch.func.grad(one),
-        (None, *(0 for _ in examples)),
-        randomness="different",
-        chunk_size=chunk_size,
-    )
-    g = each(point, *examples)
-    return torch.cat(
-        [part.flatten(1) for part in (g.values() if isinstance(g, dict) else [g])],
-        dim=1,
-    )
+    _check_examples(examples)
+    point, one = _functional(loss, params)
+    options = {"randomness": "different", "chunk_size": chunk_size}
+    axes = (None, *(0 for _ in examples))
+    g = torch.func.vmap(torch.func.grad(one), axes, **options)(point, *examples)
+    return torch.cat([part.flatten(1) for part in g.values()], dim=1)
 
 
-# %% 02_stochastic_gradients sec-minibatch-noise 3 00cad241
+# %% 02_stochastic_gradients sec-minibatch-noise 3 eb659f59
 def gradient_covariance(
     loss: Callable[..., Tensor],
     params: Tensor | nn.Module,
@@ -152,8 +133,7 @@ def gradient_covariance(
     *,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """The mean g of all examples' gradients and their covariance Σ around it (divided
-    by n).
+    """The mean g of all examples' gradients, and their covariance Σ (over n).
 
     Needs memory for n·d and d² numbers; for a large model see ``noise_scale``.
 
@@ -173,12 +153,25 @@ def gradient_covariance(
     return g, (G - g).T @ (G - g) / len(G)
 
 
-# %% 02_stochastic_gradients sec-minibatch-noise 4 39833b84
+# %% 02_stochastic_gradients sec-minibatch-noise 4 04800f0c
+def _check_examples(examples: Sequence[Tensor]) -> None:
+    if isinstance(examples, Tensor):
+        raise TypeError(
+            "examples is a tensor; pass a tuple of tensors, such as (inputs, targets)"
+        )
+    if len({len(e) for e in examples}) != 1 or len(examples[0]) == 0:
+        raise ValueError(
+            f"examples have lengths {[len(e) for e in examples]}; "
+            "pass tensors of one length, at least 1"
+        )
+
+
 def _functional(
-    loss: Callable[..., Tensor], model: nn.Module
+    loss: Callable[..., Tensor], model: Tensor | nn.Module
 ) -> tuple[dict[str, Tensor], Callable[..., Tensor]]:
-    """A module's trainable parameters by name, and the loss of one example as a
-    function of them."""
+    """The trainable parameters by name, and one example's loss by them."""
+    if isinstance(model, Tensor):
+        return {"": model.detach()}, lambda values, *e: loss(values[""], *e)
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ValueError(
@@ -242,12 +235,13 @@ def noise_ball(H: Tensor, noise: Tensor, lr: float) -> NoiseBall:
     return NoiseBall(U @ V @ U.T, (lam * V.diagonal()).sum() / 2)
 
 
-# %% 02_stochastic_gradients sec-noise-ball 3 d96439fd
+# %% 02_stochastic_gradients sec-noise-ball 3 2ceffaae
 def expected_loss(
     spectrum: Tensor, noise: Tensor, start: Tensor, lrs: Iterable[float | Tensor]
 ) -> Tensor:
-    """The expected loss of SGD on a noisy quadratic, before the first and after every
-    step, without simulation.
+    """The expected loss of SGD on a noisy quadratic, without simulation.
+
+    Before the first and after every step.
 
     Per eigen-direction: ``E e_i² ← (1 − lr·λ_i)² E e_i² + lr² σ_i²``.
     The loss is ``½ Σ λ_i E e_i²``.
@@ -334,7 +328,7 @@ def noise_scale_from_batches(
     )
 
 
-# %% 02_stochastic_gradients sec-noise-scale 3 e4936354
+# %% 02_stochastic_gradients sec-noise-scale 3 9ff536b5
 def noise_scale(
     loss: Callable[[Any], Tensor],
     params: Iterable[Tensor],
@@ -342,8 +336,7 @@ def noise_scale(
     *,
     population: bool = False,
 ) -> NoiseScale:
-    """The simple noise scale of a model on its data, from the spread of batch
-    gradients.
+    """The simple noise scale of a model, from the spread of batch gradients.
 
     ``tr Σ = Σ_j b_j ‖ĝ_j − ḡ‖² / (k − 1)`` over k batches, ``‖g‖² = ‖ḡ‖² − tr Σ / m``
     over their m examples.
@@ -374,16 +367,12 @@ def noise_scale(
     params = [p for p in params if p.requires_grad]
     if not params:
         raise ValueError("params holds no tensor that requires a gradient")
-    mean = [
-        torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        for p in params
-    ]
+    mean = [torch.zeros_like(p, dtype=wide(p.dtype)) for p in params]
     spread, m, k = mean[0].new_zeros(()), 0, 0
     for batch in batches:
         b = _examples(batch)
-        gradient = torch.autograd.grad(
-            loss(batch), params, allow_unused=True, materialize_grads=True
-        )
+        options = {"allow_unused": True, "materialize_grads": True}
+        gradient = torch.autograd.grad(loss(batch), params, **options)
         m, k = m + b, k + 1
         for average, g in zip(mean, gradient, strict=True):
             shift = g - average
@@ -392,11 +381,9 @@ def noise_scale(
     if k < 2:
         raise ValueError(f"{k} batches show no spread; pass at least 2")
     trace, square = spread / (k - 1), sum(average.square().sum() for average in mean)
-    return (
-        _noise_scale(trace * (m - 1) / m, square)
-        if population
-        else _noise_scale(trace, square - trace / m)
-    )
+    if population:
+        return _noise_scale(trace * (m - 1) / m, square)
+    return _noise_scale(trace, square - trace / m)
 
 
 # %% 02_stochastic_gradients sec-noise-scale 4 1cc6795b

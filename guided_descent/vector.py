@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head ff9147d8
+# %% head 5afc0e35
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -186,7 +186,7 @@ class Objective:
             ) from error
 
 
-# %% 23_machinery sec-vector 3 82446e4f
+# %% 23_machinery sec-vector 3 bcc604d5
 class VectorOptimizer(Optimizer):
     """The base of methods that treat all parameters as one vector.
 
@@ -194,10 +194,8 @@ class VectorOptimizer(Optimizer):
     and changes ``state``, a copy of what was remembered.
 
     A step reads losses back to the host. It needs a closure, takes one parameter group,
-    and
-    runs as written: there is only ``engine="auto"`` or ``"loop"``. The state belongs to
-        the
-    first parameter, as in ``torch.optim.LBFGS``.
+    and runs as written: there is only ``engine="auto"`` or ``"loop"``. The state
+    belongs to the first parameter, as in ``torch.optim.LBFGS``.
 
     Where the loss or a gradient is not finite at the start of a step, ``nonfinite``
     decides: ``"skip"`` (the default here) changes nothing and counts, ``"raise"``

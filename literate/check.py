@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -210,7 +211,8 @@ def _output(chapter: Chapter, cell: Cell, outputs: list[Any]) -> Iterator[Findin
     if not figures and options.get("figure"):
         yield Finding(chapter.file, cell.line, "a caption but no figure in the stored output; show one or drop it")
     for mime, content in ((m, c) for found in data for m, c in found.items() if m in IMAGES):
-        size = len(content) if mime == "image/svg+xml" else len(content) * 3 // 4
+        # as a page is sent: text is compressed
+        size = len(gzip.compress(content.encode())) if mime == "image/svg+xml" else len(content) * 3 // 4
         if size > LARGEST_IMAGE:
             yield Finding(chapter.file, cell.line, f"an image of {size // 1000} kB; draw less or lower its resolution")
     if any(output.output_type == "error" for output in outputs):

@@ -104,19 +104,23 @@ def landscapes() -> list[Landscape]:
     one = partial(nn.Linear, 2, 1, bias=False)
     return [
         Landscape(
-            "valley", "Narrow valley", "The steep walls forbid a long step, the floor needs one. A memory takes the "
-            "square root of the trouble. Curvature removes it: one step.", flat, goal, long_inputs,
-            long_inputs @ torch.tensor(goal), linear, one, square, one_layer(long_inputs),
+            "valley", "Narrow valley",
+            "The steep walls forbid a long step, the floor needs one. A memory shortens the way, curvature removes the "
+            "trouble: one step. Take twice the best step, and only Adam still arrives.",
+            flat, goal, long_inputs,
+            long_inputs @ torch.tensor(goal), linear, one, square, one_layer(long_inputs), start=33,
         ),
         Landscape(
-            "bend", "Two layers", "Two layers of one weight each: a saddle on the left, a bent valley on the "
-            "right. K-FAC sees each layer alone, and here the layers need each other: it loses.",
+            "bend", "Two layers",
+            "Two layers of one weight each: a saddle on the left, a bent valley on the right. K-FAC sees each layer "
+            "alone, and here the layers need each other: Newton and Adam are well ahead of it.",
             (-0.9, 4.0, -1.0, 2.5), answer, line, answer[1] * torch.tanh(answer[0] * line),
-            lambda w, x: w[..., 1:] * torch.tanh(w[..., :1] * x), TwoLayers, square, two_layers,
+            lambda w, x: w[..., 1:] * torch.tanh(w[..., :1] * x), TwoLayers, square, two_layers, start=3,
         ),
         Landscape(
-            "classifier", "Classifier", "A classifier that is wrong and sure of it stands on a plain with hardly any "
-            "curvature. There Newton's step is long and blind.", (-5.0, 9.0, -6.0, 4.0), rule, scores,
+            "classifier", "Classifier",
+            "Gradient descent, at its best step, is as quick as K-FAC. Take twice that step: both lose their way from "
+            "nearly everywhere, while momentum, Adam and Newton forgive it.", (-5.0, 9.0, -6.0, 4.0), rule, scores,
             torch.sigmoid(logit), lambda w, x: w[..., :1] * x + w[..., 1:], partial(nn.Linear, 1, 1), entropy,
             sigmoid_layer, "bernoulli", ("weight", "bias"),
         ),

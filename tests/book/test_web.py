@@ -315,3 +315,27 @@ def test_chapter_numbers_look_the_same_everywhere(site: Path, book: Book) -> Non
             assert any(re.match(rf"{number}\s", words) for words in named), (place, named)
         for title in page.select(".prev-next-title"):
             assert not re.match(r"\d\s", title.get_text().strip()), title.get_text()
+
+
+def test_the_race_bears_out_what_the_page_says_of_it(book: Book) -> None:
+    race = front.stored(book)
+    lands = {land["name"]: {m["key"]: m["runs"] for m in land["methods"]} for land in race["landscapes"]}
+    best, twice = race["scales"].index(1), race["scales"].index(2)
+
+    def arrived(land: str, key: str, scale: int) -> int:
+        return sum(run[0] <= race["steps"] for run in lands[land][key][scale])
+
+    def mean(land: str, key: str) -> float:
+        runs = lands[land][key][best]
+        return sum(run[0] for run in runs) / len(runs)
+
+    valley = {key: arrived("valley", key, twice) for key in lands["valley"]}
+    assert valley.pop("adam") == 35 and max(valley.values()) <= 2
+    assert mean("valley", "newton") == mean("valley", "kfac") == 1.0
+    assert mean("valley", "momentum") < 0.4 * mean("valley", "sgd")
+    assert max(mean("bend", "newton"), mean("bend", "adam")) < 0.7 * mean("bend", "kfac")
+    assert mean("classifier", "sgd") <= 1.05 * mean("classifier", "kfac")
+    for key in ("momentum", "adam", "newton"):
+        assert arrived("classifier", key, twice) == 35
+    assert max(arrived("classifier", "sgd", twice), arrived("classifier", "kfac", twice)) < 10
+    assert mean("bowl", "sgd") == mean("bowl", "newton") == 1.0 < mean("bowl", "momentum")

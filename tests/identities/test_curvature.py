@@ -560,14 +560,17 @@ def test_a_step_is_the_damped_solve(seed, name):
 
 @fast
 @given(seeds, st.floats(1e-4, 1e-2))
-def test_no_step_is_longer_than_max_kl(seed, max_kl):
+def test_a_limited_step_is_as_long_as_max_kl_and_keeps_its_direction(seed, max_kl):
     model, data = network(seed), batch(seed)
     F_op = Fisher(model, "categorical", data)
+    F_dense = F_op.to_dense()
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    losses(model, data, 1, max_kl=max_kl, damping=1e-4)
+    g = torch.autograd.grad(nn.functional.cross_entropy(model(data[0]), data[1]), list(model.parameters()))
+    d = torch.linalg.solve(F_dense + 0.1 * torch.eye(len(before)).double(), torch.cat([x.flatten() for x in g]))
+    losses(model, data, 1, max_kl=max_kl, damping=0.1, lr=1e3, iterations=500, tol=1e-13)
     step = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
-    assert step @ (F_op @ step) / 2 <= max_kl * (1 + 1e-9)
-    assert step @ (F_op @ step) / 2 >= max_kl * 0.1
+    assert close(step @ (F_op @ step) / 2, torch.tensor(max_kl).double(), 1e-9)
+    assert close(step, -((2 * max_kl / (d @ F_dense @ d)) ** 0.5) * d, 1e-7)
 
 
 @fast

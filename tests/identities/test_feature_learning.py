@@ -240,6 +240,29 @@ def test_tasks_have_the_chosen_condition_numbers(seed, size):
     assert torch.equal(new.G, tasks.G) and not close(new.F, tasks.F) and not close(new.root, tasks.root)
 
 
+@fast
+@given(seeds, sizes)
+def test_what_a_new_task_misses_is_the_mean_squared_sine(seed, size):
+    g, tasks, _, G, _ = setting(seed, size)
+    new = transfer_tasks(tasks, noise=0.0, generator=g)
+    best = least_squares_head(G, new.population(), damping=0.0)
+    missed = new.excess_loss(best, G) / new.excess_loss(0 * best, G)
+    cosines = torch.linalg.svdvals(orthonormal(G) @ new.G.mT)
+    assert close(missed, (1 - cosines.square()).mean(-1), 1e-8)
+
+
+def test_a_batch_shared_by_several_runs_is_what_each_alone_gets():
+    g, _, _, _, moments = setting(3, (8, 5, 2), noise=0.3, batch=True)
+    Fs, Gs = normal(g, 2, 3, 5, 2), normal(g, 2, 3, 2, 8)
+    shared = Moments(moments.xx[:, None], moments.yx[:, None])
+    for f in (feature_gradient, head_gradient, kronecker_direction):
+        together = f(Fs, Gs, shared)
+        for j in range(3):
+            assert close(together[:, j], f(Fs[:, j], Gs[:, j], moments))
+    together = least_squares_head(Gs, shared)
+    assert close(together[:, 1], least_squares_head(Gs[:, 1], moments))
+
+
 def test_moments_are_those_of_examples():
     """The shared white draws against examples written out, and large batches against the population."""
     d, out, n = 6, 4, 50

@@ -35,6 +35,13 @@ class Ball(Base):
 
         Once, not twice.
         """
+
+        def later():
+            """Folded with it.
+
+            Once, not twice.
+            """
+
         self.lr = lr
 
     @staticmethod
