@@ -1,6 +1,6 @@
 # Generated from chapters/10_shampoo_soap.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 59ba4ff9
+# %% head a4a620f5
 """Chapter 10, Shampoo and SOAP."""
 
 __all__ = [
@@ -470,7 +470,7 @@ class SOAP(MatrixOptimizer):
             s.left_values.copy_(values_in(s.left, L))
             s.right_values.copy_(values_in(s.right, R))
 
-    # %% 10_shampoo_soap sec-sh-soap 6 0a9a68c9
+    # %% 10_shampoo_soap sec-sh-soap 6 f31f930a
     @staticmethod
     def clock(h: Any) -> None:
         """The first gradient is in the state already: its weights are zero."""
@@ -495,7 +495,7 @@ class SOAP(MatrixOptimizer):
                 if h.kl:
                     s[f"{side}_values"] = values_in(made[side], basis)
             G = into_basis(G, s["left_basis"], s["right_basis"])
-            G = torch.where(G.abs() < 1e-5 * G.abs().amax(), 0, G)
+            G = torch.where(G.abs() < 1e-4 * G.abs().amax(), 0, G)
         if h.first_step == "move":
             s["exp_avg"], s["exp_avg_sq"] = (1 - h.betas[0]) * G, (1 - h.betas[1]) * G**2
         return s
