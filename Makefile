@@ -42,6 +42,7 @@ bench: $(READY)
 	OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python benchmarks/step_time.py
 	OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python benchmarks/curvature_operators.py
 	OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python benchmarks/kfac_step.py
+	OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python benchmarks/shampoo_step.py
 
 tangle weave: $(READY)
 	$(BIN)/python -m literate $@

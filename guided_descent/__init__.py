@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 843abd2f
+# %% head 815fee8f
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -30,6 +30,10 @@ from guided_descent.curvature import (
     lanczos,
     spectral_density,
 )
+from guided_descent.diagonal import (
+    AdaHessian,
+    Sophia,
+)
 from guided_descent import engines as engines
 from guided_descent import examples as examples
 from guided_descent import feature_learning as feature_learning
@@ -55,6 +59,12 @@ from guided_descent.noise import (
 )
 from guided_descent.problems import GradientDescent
 from guided_descent.sgd import SGD
+from guided_descent.shampoo import (
+    SOAP,
+    KLShampoo,
+    PSGDKron,
+    Shampoo,
+)
 from guided_descent import vector as vector
 
 __version__ = "0.1.0"
@@ -67,7 +77,9 @@ __all__ = [
     "KFAC",
     "LBFGS",
     "SGD",
+    "SOAP",
     "AdEMAMix",
+    "AdaHessian",
     "Adafactor",
     "Adagrad",
     "Adam",
@@ -77,13 +89,17 @@ __all__ = [
     "GradientDescent",
     "Hessian",
     "Jacobian",
+    "KLShampoo",
     "NAdam",
     "NaturalGradient",
     "Newton",
     "NewtonCG",
     "Optimizer",
     "Options",
+    "PSGDKron",
     "RMSprop",
+    "Shampoo",
+    "Sophia",
     "__version__",
     "critical_batch_size",
     "hutchinson_diagonal",

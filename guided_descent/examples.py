@@ -1,12 +1,11 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 2f45cfd9
+# %% head 587bff36
 """Chapter 23, The machinery."""
 
 __all__ = [
-    "SOAP",
     "Muon",
-    "eigenbasis",
+    "PlainSOAP",
     "polar",
 ]
 
@@ -63,19 +62,19 @@ class Muon(Optimizer):
         p.add_(polar(m), alpha=-h.lr)
 
 
-# %% 23_machinery sec-turns 2 9ab817c8
+# %% 23_machinery sec-turns 2 6843a3a3
 @matrixwise
-def eigenbasis(L: Tensor) -> Tensor:
+def _eigenbasis(L: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix, as columns, the largest eigenvalue first."""
     return torch.linalg.eigh(L)[1].flip(-1).contiguous()
 
 
-class SOAP(Optimizer):
+class PlainSOAP(Optimizer):
     """SOAP in its shortest form: Adam in the eigenbasis of ``L`` and ``R``.
 
     ``L``, ``R``: running means of ``g gᵀ``, ``gᵀ g`` with weight β₂; m, v: Adam's
     moments of ``Q_Lᵀ g Q_R``. The first gradient sets the basis and moves nothing. An
-    example of turns; ``chapter 10`` will have the method.
+    example of turns; ``chapter 10`` has the method.
 
     Args:
         params: Tensors, or groups of them; a vector is a column with a basis on one
@@ -110,7 +109,7 @@ class SOAP(Optimizer):
         g = g.to(wide(g.dtype))
         s = {"step": torch.zeros(()), "left": g @ g.mT, "right": g.mT @ g}
         s |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        return s | {f"{side}_basis": eigenbasis(s[side]) for side in ("left", "right")}
+        return s | {f"{side}_basis": _eigenbasis(s[side]) for side in ("left", "right")}
 
     # %% 23_machinery sec-turns 3 b2fb785b
     @staticmethod
@@ -121,7 +120,7 @@ class SOAP(Optimizer):
         h.w1, h.w2 = (1 - first) * (1 - b1), (1 - first) * (1 - b2)
         h.rate = h.lr * (1 - first) * (1 - b2**t) ** 0.5 / (1 - b1**t + first)
 
-    # %% 23_machinery sec-turns 4 a95061b3
+    # %% 23_machinery sec-turns 4 4d0b84f0
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         G = s.left_basis.mT @ g @ s.right_basis
@@ -135,7 +134,7 @@ class SOAP(Optimizer):
     @staticmethod
     def refresh(s: Any, h: Any) -> None:
         """A new basis; the first moment is carried over, the second stays as it is."""
-        L, R = eigenbasis(s.left), eigenbasis(s.right)
+        L, R = _eigenbasis(s.left), _eigenbasis(s.right)
         m = s.left_basis @ s.exp_avg @ s.right_basis.mT
         s.exp_avg.copy_(L.mT @ m @ R)
         s.left_basis.copy_(L)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import guided_descent as gd
 from guided_descent.core import ENGINES, Optimizer
-from guided_descent.examples import SOAP, Muon
+from guided_descent.examples import Muon, PlainSOAP
 from guided_descent.problems import GradientDescent
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,13 +62,31 @@ CASES = {
     "Adafactor": Case(gd.Adafactor, torch.optim.Adafactor, {}, [{"d": 0.5}, {"beta2_decay": 0.5}]),
     "AdEMAMix": Case(gd.AdEMAMix, None, {}, [{"alpha": -1.0}, {"t_alpha_beta3": 0.0}, {"betas": (0.9, 0.9, 1.0)}]),
     "Muon": Case(Muon, None, {}, [{"momentum": 1.0}], rest="adam", spreads=False),
-    "SOAP": Case(
-        SOAP,
+    "PlainSOAP": Case(
+        PlainSOAP,
         None,
         {"eps": 0.1, "precondition_every": 2},
         [*BAD_BETAS, {"precondition_every": 0}, {"block_size": 1.5}],
         spreads=False,
     ),
+    "SOAP": Case(
+        gd.SOAP,
+        None,
+        {"eps": 0.1, "precondition_every": 2, "weight_decay": 0.0, "max_dim": 4},  # what is larger has a null space
+        [*BAD_BETAS, {"precondition_every": 0}, {"block_size": 1.5}, {"max_dim": -1}, {"jitter": -1.0}],
+        spreads=False,
+    ),
+    "Shampoo": Case(
+        gd.Shampoo,
+        None,
+        {"eps": 0.1, "precondition_every": 2},
+        [{"betas": (1.0, 0.9)}, {"betas": (0.9, 1.1)}, {"eps": -1.0}, {"weight_decay": -1.0}],
+        spreads=False,
+    ),
+    "KLShampoo": Case(
+        gd.KLShampoo, None, {"eps": 0.1, "precondition_every": 2}, [*BAD_BETAS, {"max_dim": 1.5}], spreads=False
+    ),
+    "PSGDKron": Case(gd.PSGDKron, None, {}, [*BAD_BETAS, {"preconditioner_lr": 0.0}, {"clip": 0.0}], spreads=False),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (1,), (5,), (3, 4), (2, 3, 4), (2, 3, 2, 2), (0,), (3, 0)]

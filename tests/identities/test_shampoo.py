@@ -1,0 +1,326 @@
+"""Chapter 10: what Shampoo, SOAP, KL-Shampoo and PSGD reduce to, are invariant under, and survive."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import guided_descent as gd
+from guided_descent import shampoo
+from guided_descent.examples import Muon
+from guided_descent.shampoo import eigenbasis, inverse_root, next_basis, preconditioned
+
+seeds = st.integers(0, 2**31 - 1)
+fast = settings(max_examples=15, deadline=None)
+METHODS = {
+    "Shampoo": gd.Shampoo,
+    "SOAP": gd.SOAP,
+    "KLShampoo": gd.KLShampoo,
+    "PSGDKron": gd.PSGDKron,
+}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def orthogonal(seed, n):
+    return torch.linalg.qr(normal(seed, n, n))[0]
+
+
+def run(method, gradients, dtype=torch.float64, **options):
+    """Where fixed gradients lead from zero, and the state."""
+    p = torch.zeros(gradients[0].shape, dtype=dtype).requires_grad_()
+    options = {"lr": 0.1, "weight_decay": 0.0, "engine": "loop", **options}
+    optimizer = method([p], **options)
+    for g in gradients:
+        p.grad = g.to(dtype)
+        optimizer.step()
+    return p.detach(), optimizer.state[p]
+
+
+def close(a, b, tol=1e-8):
+    torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+# --- no memory
+
+
+@fast
+@given(seeds)
+def test_without_memory_shampoo_is_orthogonal_or_inverse(seed):
+    G = normal(seed, 4, 4)
+    U, S, Vh = torch.linalg.svd(G)
+    options = {"lr": 1.0, "betas": (0.0, 0.0), "grafting": None, "eps": 0.0, "precondition_every": 1}
+    close(-run(gd.Shampoo, [G], **options)[0], U @ Vh, 1e-6)
+    close(-run(gd.Shampoo, [G], one_sided="left", **options)[0], U @ Vh, 1e-6)
+    close(-run(gd.Shampoo, [G], one_sided="right", **options)[0], U @ Vh, 1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inverse = -run(gd.Shampoo, [G], exponent=-0.5, **options)[0]
+    close(inverse * S[-1], U / S * S[-1] @ Vh, 1e-6)
+
+
+def test_muon_without_momentum_is_shampoo_without_memory():
+    gradients = [normal(t, 4, 4) for t in range(5)]
+    p = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
+    optimizer = Muon([p], lr=0.1, momentum=0.0, engine="loop")
+    for g in gradients:
+        p.grad = g
+        optimizer.step()
+    options = {"betas": (0.0, 0.0), "grafting": None, "eps": 0.0, "precondition_every": 1}
+    close(run(gd.Shampoo, gradients, **options)[0], p.detach(), 1e-7)
+
+
+@fast
+@given(seeds, st.sampled_from([(4, 4), (6, 3), (3, 6)]))
+def test_the_first_step_of_soap_is_orthogonal(seed, shape):
+    G = normal(seed, *shape)
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    moved = -run(gd.SOAP, [G], lr=1.0)[0]
+    assert (moved - U @ Vh).norm() < 1e-3 * moved.norm()
+
+
+# --- identity, rotations, scales
+
+
+@fast
+@given(seeds)
+def test_soap_in_the_identity_basis_is_adam(seed):
+    gradients = [normal(seed + t, 3, 4) for t in range(5)]
+    ours = run(gd.SOAP, gradients, max_dim=0, eps=0.0, betas=(0.9, 0.8))[0]
+    close(ours, run(gd.Adam, gradients, eps=0.0, betas=(0.9, 0.8))[0], 1e-12)
+
+
+@fast
+@given(seeds, st.sampled_from([{}, {"kl": True}]))
+def test_soap_turns_with_the_gradients(seed, options):
+    U, V = orthogonal(seed, 4), orthogonal(seed + 1, 4)
+    gradients = [normal(seed + t, 4, 4) for t in range(6)]
+    straight = run(gd.SOAP, gradients, precondition_every=2, **options)[0]
+    turned = run(gd.SOAP, [U @ g @ V.T for g in gradients], precondition_every=2, **options)[0]
+    close(turned, U @ straight @ V.T, 1e-3)
+
+
+@fast
+@given(seeds)
+def test_shampoo_without_a_graft_and_kl_turn_with_the_gradients(seed):
+    U, V = orthogonal(seed, 4), orthogonal(seed + 1, 3)
+    gradients = [normal(seed + t, 4, 3) for t in range(6)]
+    for method, options in ((gd.Shampoo, {"grafting": None}), (gd.KLShampoo, {})):  # PSGD's bound sees the axes
+        straight = run(method, gradients, **options)[0]
+        close(run(method, [U @ g @ V.T for g in gradients], **options)[0], U @ straight @ V.T, 1e-7)
+
+
+@fast
+@given(seeds, st.floats(1e-3, 1e3))
+def test_the_scale_of_gradients_does_not_matter(seed, c):
+    gradients = [normal(seed + t, 4, 3) for t in range(6)]
+    scaled = [c * g for g in gradients]
+    for method, options in (
+        (gd.Shampoo, {"grafting": None}), (gd.KLShampoo, {}), (gd.PSGDKron, {}), (gd.SOAP, {"eps": 1e-30, "kl": True}),
+    ):  # fmt: skip
+        close(run(method, scaled, **options)[0], run(method, gradients, **options)[0], 1e-6)
+
+
+@fast
+@given(seeds, st.floats(0.1, 10.0))
+def test_the_factors_of_kl_scale_with_the_gradients(seed, c):
+    gradients = [normal(seed + t, 4, 3) for t in range(6)]
+    state, scaled = (run(gd.KLShampoo, [k * g for g in gradients])[1] for k in (1.0, c))
+    for side in ("left", "right"):
+        close(scaled[side], c * state[side], 1e-6)
+
+
+# --- the rules
+
+
+def test_kl_shampoo_learns_what_is_whitened_on_the_other_side():
+    gradients, b = [normal(t, 4, 3) for t in range(4)], 0.8
+    c = gradients[0].square().mean().sqrt()
+    L, R, x, m = c * torch.eye(4).double(), c * torch.eye(3).double(), torch.zeros(4, 3).double(), 0
+    old = L, R
+    for t, g in enumerate(gradients, 1):
+        m = 0.9 * m + 0.1 * g
+        roots = [inverse_root(A, -0.5, 1e-6 if t > 2 else 0.0) for A in old]
+        x = x - 0.1 * roots[0] @ (m / (1 - 0.9**t)) @ roots[1]
+        left, right = g @ roots[1] @ roots[1] @ g.T / 3, g.T @ roots[0] @ roots[0] @ g / 4
+        L, R = b * L + (1 - b) * left, b * R + (1 - b) * right
+        if t > 1:
+            old = L, R
+    ours, state = run(gd.KLShampoo, gradients, betas=(0.9, b), precondition_every=1)
+    close(state["left"], L)
+    close(state["right"], R)
+    close(ours, x)
+
+
+def test_kl_soap_learns_the_same_from_its_eigenvalues():
+    gradients, b = [normal(t, 4, 3) for t in range(2)], 0.8
+    c = gradients[0].square().mean().sqrt()
+    L = b * c * torch.eye(4).double() + (1 - b) * gradients[0] @ gradients[0].T / (3 * c)
+    R = b * c * torch.eye(3).double() + (1 - b) * gradients[0].T @ gradients[0] / (4 * c)
+    g = gradients[1]
+    left = b * L + (1 - b) * g @ torch.linalg.inv(R + 1e-6 * R.trace() / 3 * torch.eye(3)) @ g.T / 3
+    state = run(gd.SOAP, gradients, betas=(0.9, b), kl=True)[1]
+    close(state["left"], left, 1e-6)
+
+
+def test_psgd_whitens():
+    roots = torch.linspace(0.3, 2, 4).double().diag(), torch.linspace(3, 0.5, 5).double().diag()
+    gradients = [roots[0] @ normal(t, 4, 5) @ roots[1] for t in range(800)]
+    state = run(gd.PSGDKron, gradients, preconditioner_lr=0.1)[1]
+    white = [preconditioned(roots[0] @ normal(9999 + t, 4, 5) @ roots[1], state["left"], state["right"])
+             for t in range(2000)]  # fmt: skip
+    close(sum(P @ P.T for P in white) / 2000 / 5, torch.eye(4).double(), 0.35)
+    for side in ("left", "right"):
+        assert torch.equal(state[side], state[side].T)
+
+
+def test_psgd_steps_are_clipped():
+    p, _ = run(gd.PSGDKron, [normal(0, 4, 4), 1e4 * normal(1, 4, 4)], lr=1.0, betas=(0.0, 0.9), clip=0.5)
+    q, _ = run(gd.PSGDKron, [normal(0, 4, 4)], lr=1.0, betas=(0.0, 0.9), clip=0.5)
+    assert (p - q).square().mean().sqrt() <= 0.5 + 1e-9
+    assert (q.square().mean().sqrt() - 0.5).abs() < 1e-9
+
+
+@pytest.mark.parametrize("grafting", ["adam", "sgd"])
+def test_a_graft_has_the_length_of_its_stock(grafting):
+    g = [normal(0, 4, 3), normal(1, 4, 3)]
+    before, after = run(gd.Shampoo, g[:1], grafting=grafting)[0], run(gd.Shampoo, g, grafting=grafting)[0]
+    stock = gd.Adam if grafting == "adam" else None
+    if stock:
+        expected = run(gd.Adam, g, betas=(0.9, 0.95))[0] - run(gd.Adam, g[:1], betas=(0.9, 0.95))[0]
+    else:
+        expected = 0.1 * (0.09 * g[0] + 0.1 * g[1]) / (1 - 0.81)
+    close((after - before).norm(), expected.norm())
+
+
+def test_a_step_in_the_unit_of_an_inverse_gradient_is_warned_of():
+    p = torch.zeros(3, 3, requires_grad=True)
+    with pytest.warns(UserWarning, match="without a graft has the unit of 1/gradient"):
+        gd.Shampoo([p], exponent=-0.5, grafting=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gd.Shampoo([p], exponent=-0.5)
+        gd.Shampoo([p], grafting=None)
+        gd.Shampoo([p], exponent=-0.5, grafting=None, one_sided="left")
+
+
+def test_what_is_refused():
+    p = torch.zeros(3, 3, requires_grad=True)
+    for cls, wrong, message in (
+        (gd.Shampoo, {"exponent": 0.5}, r"exponent=0.5 is outside .* \[-1, 0\)"),
+        (gd.Shampoo, {"grafting": "muon"}, "grafting='muon' is unknown; use one of 'adam', 'sgd', None"),
+        (gd.Shampoo, {"one_sided": "top"}, "one_sided='top' is unknown"),
+        (gd.SOAP, {"first_step": "jump"}, "first_step='jump' is unknown; use one of 'move', 'skip'"),
+        (gd.SOAP, {"kl": "yes"}, "kl='yes' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cls([p], **wrong)
+
+
+# --- the basis
+
+
+@fast
+@given(seeds)
+def test_a_basis_is_orthogonal_and_ordered(seed):
+    A = normal(seed, 5, 5)
+    A = A @ A.T
+    Q = eigenbasis(A)
+    close(Q.T @ Q, torch.eye(5).double(), 1e-12)
+    values = (Q.T @ A @ Q).diagonal()
+    assert (values.diff() <= 1e-6).all()
+    near = Q + 0
+    for _ in range(300):
+        near, _ = next_basis(A, near)
+    close((near.T @ A @ near), (near.T @ A @ near).diagonal().diag(), 1e-3 * float(A.norm()))
+
+
+def test_v_follows_the_order_of_its_columns_and_m_is_carried_over():
+    sizes = torch.tensor([[3, 1, 0.1], [3, 1, 0.1], [0.1, 1, 30]], dtype=torch.float64)
+    gradients = [normal(t, 3, 4) * size[:, None] for t, size in enumerate(sizes)]
+    options = {"betas": (0.9, 0.5), "precondition_every": 1}
+    _, before = run(gd.SOAP, gradients[:2], **options)
+    _, after = run(gd.SOAP, gradients, **options)
+    Q, P = before["left_basis"], before["right_basis"]
+    G = Q.T @ gradients[2] @ P
+    m, v = 0.9 * before["exp_avg"] + 0.1 * G, 0.5 * before["exp_avg_sq"] + 0.5 * G**2
+    close(after["left_basis"] @ after["exp_avg"] @ after["right_basis"].T, Q @ m @ P.T)
+    rows = (Q * (after["left"] @ Q)).sum(0).argsort(descending=True)
+    columns = (P * (after["right"] @ P)).sum(0).argsort(descending=True)
+    assert not torch.equal(rows, torch.arange(3))
+    close(after["exp_avg_sq"], v[rows][:, columns])
+
+
+@every_method
+@pytest.mark.parametrize("shape", [(13, 6), (6, 13), (8, 8)])
+def test_rounding_in_a_gradient_stays_small(method, shape):
+    gradients = [normal(t, *shape) for t in range(6)]
+    noisy = [g + 1e-15 * normal(100 + t, *shape) for t, g in enumerate(gradients)]
+    options = {} if method is gd.PSGDKron else {"precondition_every": 1}
+    gap = run(method, gradients, **options)[0] - run(method, noisy, **options)[0]
+    assert gap.abs().max() < 1e-5
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_degenerate_gradients_are_survived(method, dtype):
+    low = normal(0, 8, 1) @ normal(1, 1, 6)
+    rows = normal(2, 8, 6) * (torch.arange(8) < 3)[:, None]
+    zero = torch.zeros(8, 6, dtype=torch.float64)
+    for gradients in ([zero, normal(3, 8, 6), zero], [low] * 5, [rows] * 5, [1e-18 * low] * 3, [zero] * 3):
+        p, state = run(method, gradients, dtype, **({} if method is gd.PSGDKron else {"precondition_every": 1}))
+        assert p.isfinite().all() and all(x.isfinite().all() for x in state.values())
+        assert p.abs().max() < 10
+    assert not p.any()
+
+
+@every_method
+def test_bf16_parameters_have_factors_in_single_precision(method):
+    state = run(method, [normal(t, 4, 3) for t in range(3)], torch.bfloat16)[1]
+    assert state["left"].dtype == torch.float32 and state["exp_avg"].dtype == torch.bfloat16
+
+
+@every_method
+def test_a_vector_goes_by_adam(method):
+    gradients = [normal(t, 5) for t in range(5)]
+    ours = run(method, gradients, betas=(0.9, 0.95), **({"eps": 0.0} if method is gd.SOAP else {}))[0]
+    close(ours, run(gd.Adam, gradients, betas=(0.9, 0.95), eps=0.0 if method is gd.SOAP else 1e-8)[0], 1e-9)
+
+
+def test_an_eigenproblem_that_fails_is_tried_again_and_given_up_without_an_error(monkeypatch):
+    true, calls, allowed = torch.linalg.eigh, [], [0]
+
+    def stubborn(A):
+        calls.append(A.dtype)
+        if len(calls) <= allowed[0]:
+            raise torch.linalg.LinAlgError("did not converge")
+        return true(A)
+
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    A = torch.diag(torch.tensor([1.0, 4.0]))
+    for fails, what in ((1, "retried"), (2, "failed")):
+        calls.clear()
+        allowed[0] = fails
+        before = shampoo.failures[what]
+        torch.testing.assert_close(inverse_root(A, -0.5, 0.0), torch.diag(torch.tensor([1.0, 0.5])))
+        assert shampoo.failures[what] == before + 1
+    assert calls == [torch.float32, torch.float64]
+
+
+@every_method
+def test_blocks_are_matrices_of_their_own_and_one_side_may_be_left_alone(method):
+    options = {} if method is gd.PSGDKron else {"precondition_every": 2}
+    gradients = [normal(t, 6, 4) for t in range(4)]
+    whole = run(method, gradients, block_size=3, **options)[0]
+    assert whole.isfinite().all()
+    _, state = run(method, gradients, one_sided="right", **options)
+    assert state["left"].numel() == 0 and state["right"].shape == (4, 4)
+    _, state = run(method, gradients, max_dim=5, **options)
+    assert state["left"].numel() == 0 and state["right"].shape == (4, 4)
+    _, state = run(method, gradients, one_sided="smaller", **options)
+    assert state["left"].numel() == 0
