@@ -115,7 +115,8 @@ def watch(page: Page, address: str) -> Visit:
 def settle(page: Page) -> None:
     """Wait for the mathematics and the figures."""
     page.evaluate("() => window.MathJax?.startup?.promise?.then(() => true)")
-    page.evaluate("() => { dispatchEvent(new Event('beforeprint')); }")  # else a figure waits until it is near
+    # Else a figure waits until it is near; what is opened for paper closes again.
+    page.evaluate("() => ['beforeprint', 'afterprint'].forEach((name) => dispatchEvent(new Event(name)))")
     page.wait_for_function("() => [...document.querySelectorAll('.bd-article .gd-plotly')].every(p => p.dataset.drawn)")
 
 
