@@ -1,6 +1,6 @@
 # Generated from chapters/09_diagonal_curvature.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 8dc6c73f
+# %% head fcba259c
 """Chapter 09, Diagonal curvature."""
 
 __all__ = [
@@ -466,7 +466,7 @@ class _Arrival(_Root):
         capture.consume(self.at, self.edge, output, g)
 
 
-# %% 09_diagonal_curvature sec-dc-rows 1 884339b5
+# %% 09_diagonal_curvature sec-dc-rows 1 717e6ea4
 class AdaHessian(DiagonalOptimizer):
     """AdaHessian: Adam with Hessian-vector products in place of squared gradients.
 
@@ -491,7 +491,7 @@ class AdaHessian(DiagonalOptimizer):
             step; in [0, ∞). Default 0.
         hessian_update_every: Steps from one estimate to the next. Default 1.
         samples: Probes for each estimate, at least 1. Default 1.
-        average_window: For tensors of more than two dimensions, average |e|
+        average_window: For tensors of more than two dimensions, average ``|e|``
             over the window of a convolution, as the official code does.
             Default ``True``.
         seed: Of the probes. Default 0.
