@@ -485,7 +485,7 @@ def test_what_a_group_or_a_call_misspells_is_said():
             optimizer.add_param_group({"params": matrices((2, 2)), **wrong})
         assert len(optimizer.param_groups) == 1
     gd.AdamW([{"params": matrices((2, 2)), "name": "trunk", "lr_scale": 0.5}])  # a user's own
-    with pytest.raises(TypeError, match="KFAC has no sample=; use one of lr, momentum, .*fisher, .*params, maximize"):
+    with pytest.raises(TypeError, match="KFAC has no sample=; use one of lr, momentum, .*fisher, .*params, .*maximize"):
         gd.KFAC(torch.nn.Linear(2, 2), sample=1)
     params = matrices((2, 2))
     optimizer = gd.AdamW(params)

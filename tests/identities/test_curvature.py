@@ -737,7 +737,7 @@ def test_natural_gradient_refuses_what_it_would_ignore():
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"iterations=2.5 is a float; pass an integer in \[1, inf\)"):
         NaturalGradient(model, iterations=2.5)
-    with pytest.raises(ValueError, match="state_dtype=torch.float64 is not valid .* pass None"):
+    with pytest.raises(ValueError, match="state_dtype=torch.float64 is not valid: .* pass None"):
         NaturalGradient(model, state_dtype=torch.float64)
 
 

@@ -126,7 +126,7 @@ def numbers(shelf):
 def test_numbers(numbers):
     found = {label.name: (label.kind, label.noun, label.number) for label in numbers.labels.values()}
     assert found == {
-        "ch-n": ("sec", "Section", "7"),
+        "ch-n": ("sec", "Section", "07"),
         "sec-a": ("sec", "Section", "7.1"),
         "sec-b": ("sec", "Section", "7.2"),
         "sec-c": ("sec", "Section", "7.2.1"),
