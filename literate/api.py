@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,21 +36,63 @@ def page(book: Book, docname: str) -> str:
     return module(book, name) if folder == OVERVIEW and name in book.modules else ""
 
 
+#: What a module holds, for a reader who looks for something.
+MODULES = {
+    "adaptive": "a step size for each number, from its own past: Adam and its relatives",
+    "book": "what the chapters use: checks, seeds, training loops, figures",
+    "capture": "what a layer sees: its inputs and the gradients at its outputs",
+    "core": "the base of every optimizer: options, ranges, state, checkpoints",
+    "curvature": "curvature matrices as operators; spectra, traces and diagonals from products",
+    "diagonal": "methods that divide by an estimated diagonal of curvature",
+    "engines": "how a rule runs: one tensor at a time, lists, matrices stacked, compiled",
+    "examples": "small optimizers that show how the base is used",
+    "feature_learning": "problems whose true features are known, and layer-wise steps on them",
+    "kfac": "Kronecker-factored curvature, layer by layer",
+    "layers": "which layers a model has, and how their weights are matrices",
+    "layerwise": "the base of methods that precondition layer by layer",
+    "likelihoods": "the losses that are negative log-likelihoods, and how to draw from them",
+    "modular": "norms of whole networks, by composition",
+    "muon": "the polar factor with a certificate; Muon and Scion",
+    "newton": "Newton and quasi-Newton methods, line searches, conjugate gradients",
+    "noise": "the noise in a gradient: its scale, the critical batch size, the noise ball",
+    "norms": "norms, their duals and the unit step each allows; sign methods",
+    "problems": "test problems with known minima, and gradient descent",
+    "routing": "which parameter is stepped by which method",
+    "schedules": "learning rates that change with time",
+    "sgd": "gradient descent with momentum",
+    "shampoo": "a preconditioner for each side of a matrix: Shampoo, SOAP and their kin",
+    "vector": "methods that treat all parameters as one vector",
+}
+
+
 def overview(book: Book) -> str:
-    rows = ["| module | from | public names |", "|---|---|---|"]
+    """What is at the top, and what each module holds."""
+    rows = ["| name | what it is for | chapter |", "|---|---|---|"]
     for name, pairs in sorted(book.modules.items()):
-        names = " · ".join(link(name, public, book.top(name)) for _, export in pairs for public in export.names)
-        rows.append(f"| {{py:mod}}`{name} <{PACKAGE}.{name}>` | {origin(pairs)} | {names} |")
-    return "\n".join(["", "", *rows, ""])
+        for chapter, export in pairs:
+            for public in export.names:
+                if public in book.top(name):
+                    rows.append(f"| {link(name, public, 'gd.')} | {export.summary(public)} | {numbered(chapter)} |")
+    modules = ["| module | what is in it | chapter |", "|---|---|---|"]
+    for name, pairs in sorted(book.modules.items()):
+        modules.append(f"| {{py:mod}}`{name} <{PACKAGE}.{name}>` | {MODULES[name]} | {origin(pairs, numbered)} |")
+    return "\n".join(["", "", "## At the top", "", *rows, "", "## Modules", "", *modules, ""])
 
 
-def link(module: str, name: str, top: list[str]) -> str:
-    entry = f"{{py:obj}}`{name} <{PACKAGE}.{module}.{name}>`"
-    return f"**{entry}**" if name in top else entry
+def link(module: str, name: str, prefix: str = "") -> str:
+    return f"{{py:obj}}`{prefix}{name} <{PACKAGE}.{module}.{name}>`"
 
 
-def origin(pairs: list[tuple[Chapter, Export]]) -> str:
-    return ", ".join(dict.fromkeys(f"{{doc}}`/{chapter.docname}`" for chapter, _ in pairs))
+def numbered(chapter: Chapter) -> str:
+    return f"{{doc}}`{chapter.number:02d} </{chapter.docname}>`"
+
+
+def titled(chapter: Chapter) -> str:
+    return f"{{doc}}`/{chapter.docname}`"
+
+
+def origin(pairs: list[tuple[Chapter, Export]], named: Callable[[Chapter], str] = titled) -> str:
+    return ", ".join(dict.fromkeys(named(chapter) for chapter, _ in pairs))
 
 
 def module(book: Book, name: str) -> str:
@@ -61,7 +104,7 @@ def module(book: Book, name: str) -> str:
     more = with_state * 1
     rows = ["| name | what it is for |" + more * " state |", "|---|---|" + more * "---|"]
     for public, export in exports.items():
-        row = f"| {link(name, public, [])} | {export.summary(public)} |"
+        row = f"| {link(name, public)} | {export.summary(public)} |"
         rows.append(row + (f" {facts[public]} |" if with_state else ""))
     out = ["", f"From {origin(pairs)}.", "", "```{eval-rst}", f".. py:module:: {home}", "```", "", *rows]
     if with_state:

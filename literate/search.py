@@ -32,6 +32,7 @@ def sections(docname: str, doctree: nodes.document) -> list[Entry]:
             continue
         head = not isinstance(section.parent, nodes.section)
         text = re.sub(r"\s+([.,;:)])", r"\1", " ".join(" ".join(prose(section)).split()))
+        text = re.sub(r"(?<=[_^])\{([^{}]*)\}", r"\1", text)  # the indices of a docstring's formulas
         if text or head:
             found.append({"page": docname, "anchor": "" if head else section["ids"][0], "kind": kind,
                           "title": words(title), "text": text})  # fmt: skip

@@ -11,6 +11,8 @@
   const fold = (text) => Array.from(text, (c) => ({ ł: "l", Ł: "l", ø: "o", "’": "'" })[c] ?? c.normalize("NFD")[0]).join("").toLowerCase();
   // `kfac` finds K-FAC, and `quasi newton` finds quasi-Newton.
   const pattern = (word) => [...word.replace(/-/g, "")].map((c) => c.replace(/[\\^$.*+?()[\]{}|/]/, "\\$&")).join("[-_]?");
+  // `damping` finds damped, too.
+  const stem = (word) => word.replace(/(?<=.{4})(?:ing|ed|e?s)$/, "");
   for (const entry of entries) {
     entry.foldedTitle = fold(entry.title);
     entry.foldedText = fold(entry.text);
@@ -19,7 +21,7 @@
   function find(query) {
     const words = fold(query).split(/[\s,;"]+/).filter((word) => word.replace(/-/g, ""));
     if (!words.length) return [];
-    const starts = words.map((word) => new RegExp(`(?<![\\p{L}\\p{N}])${pattern(word)}`, "gu"));
+    const starts = words.map((word) => new RegExp(`(?<![\\p{L}\\p{N}])${pattern(stem(word))}`, "gu"));
     const whole = new RegExp(`^${words.map(pattern).join("[\\s-]*")}$`, "u");
     const phrase = new RegExp(`(?<![\\p{L}\\p{N}])${words.map(pattern).join("[\\s-]+")}`, "u");
     const found = [];
@@ -35,10 +37,12 @@
       if (whole.test(entry.foldedTitle)) score += 60;
       if (words.length > 1 && (phrase.test(entry.foldedTitle) || phrase.test(entry.foldedText))) score += 15;
       if (!entry.anchor && phrase.test(entry.foldedTitle)) score += 30; // a whole chapter on it
-      if (entry.kind) score *= 0.3; // the package: after the prose
+      if (entry.kind) score *= 0.3;
       found.push({ entry, score, starts });
     }
-    return found.sort((a, b) => b.score - a.score);
+    found.sort((a, b) => b.score - a.score);
+    const first = found.filter(({ entry }) => !entry.kind).slice(0, 3); // prose before the package
+    return [...first, ...found.filter((hit) => !first.includes(hit))];
   }
 
   // Some twenty words around the first hit, with the hits marked.

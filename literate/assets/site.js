@@ -165,8 +165,16 @@ function focusable() {
   }
 }
 
+// The theme's arrow in the list of pages has no words.
+function labelled() {
+  for (const arrow of document.querySelectorAll("summary:has(> .toctree-toggle)")) {
+    arrow.ariaLabel = `Pages of “${arrow.closest("li").querySelector("a").textContent.trim()}”`;
+  }
+}
+
 document.addEventListener("DOMContentLoaded", () => {
   figures();
+  labelled();
   focusable();
   addEventListener("resize", focusable);
   window.MathJax?.startup?.promise?.then(focusable);

@@ -22,7 +22,10 @@
       box.append(...elements.filter(Boolean).map((element) => document.importNode(element, true)));
       return box;
     };
-    if (target.matches("dt.sig")) return copy(target, target.parentElement.querySelector("dd > p"));
+    if (target.matches("dt.sig")) {
+      const said = [...target.parentElement.querySelectorAll(":scope > dd > p")];
+      return copy(target, said.find((line) => !line.textContent.startsWith("Bases:")));
+    }
     if (target.matches("dt")) return copy(target, target.nextElementSibling);
     if (target.matches("div.citation, [role=listitem]")) return copy(target);
     const block = target.closest("div.math, figure, table, div.admonition, div.proof, div.citation, div.cell");
