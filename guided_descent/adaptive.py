@@ -1,6 +1,6 @@
 # Generated from chapters/04_adaptive_methods.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 37a7bfb4
+# %% head 1c4b8e17
 """Chapter 04, Adaptive methods."""
 
 __all__ = [
@@ -150,7 +150,7 @@ class RMSprop(Optimizer):
             params, defaults | {"momentum": momentum, "centered": centered}, **options
         )
 
-    # %% 04_adaptive_methods sec-forgetting 2 308046ff
+    # %% 04_adaptive_methods sec-forgetting 2 3b7e8e9c
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         if h.weight_decay:
@@ -158,7 +158,7 @@ class RMSprop(Optimizer):
         v = s.square_avg.mul_(h.alpha).addcmul_(g, g, value=1 - h.alpha)
         if h.centered:
             m = s.grad_avg.lerp_(g, 1 - h.alpha)
-            v = (v - m.square()).clamp_min_(0)
+            v = (v - m.square()).clamp_min_(0)  # round-off can push it below
         root = v.sqrt().add_(h.eps)
         if h.momentum:
             p.add_(s.momentum_buffer.mul_(h.momentum).addcdiv_(g, root), alpha=-h.lr)
