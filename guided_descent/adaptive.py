@@ -1,6 +1,6 @@
 # Generated from chapters/04_adaptive_methods.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 5640e117
+# %% head 1c4b8e17
 """Chapter 04, Adaptive methods."""
 
 __all__ = [
@@ -104,13 +104,13 @@ class Adagrad(Optimizer):
         )
 
 
-# %% 04_adaptive_methods sec-forgetting 1 ae4f0aac
+# %% 04_adaptive_methods sec-forgetting 1 c30d6041
 class RMSprop(Optimizer):
     """RMSprop: each coordinate divided by the root of its mean square.
 
-    ``v ← α v + (1−α) g²;  x ← x − lr · g / (√v + eps)``, with ``g + weight_decay · x``
-    for g. Centered: ``v − m²`` instead of v, with ``m ← α m + (1−α) g``. With momentum
-    μ: ``b ← μ b + g / (√v + eps);  x ← x − lr · b``.
+    ``v ← alpha · v + (1 − alpha) g²;  x ← x − lr · g / (√v + eps)``, with ``g +
+    weight_decay · x`` for g. Centered: ``v − m²`` instead of v, with m the mean of g.
+    With momentum: ``b ← momentum · b + g / (√v + eps);  x ← x − lr · b``.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
@@ -118,7 +118,7 @@ class RMSprop(Optimizer):
         alpha: Decay of the mean, per step; in [0, 1). Default 0.99.
         eps: Added to the root, in units of gradient; in [0, ∞). Default 1e-8.
         weight_decay: L2 penalty λ, added to the gradient as λx; in [0, ∞). Default 0.
-        momentum: Decay μ of the sum of steps, in [0, 1). Default 0: none.
+        momentum: Decay of the sum of steps, in [0, 1). Default 0: none.
         centered: Divide by the standard deviation rather than the root mean square.
             Default False.
         **options: See ``Options``.
@@ -150,7 +150,7 @@ class RMSprop(Optimizer):
             params, defaults | {"momentum": momentum, "centered": centered}, **options
         )
 
-    # %% 04_adaptive_methods sec-forgetting 2 308046ff
+    # %% 04_adaptive_methods sec-forgetting 2 3b7e8e9c
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         if h.weight_decay:
@@ -158,7 +158,7 @@ class RMSprop(Optimizer):
         v = s.square_avg.mul_(h.alpha).addcmul_(g, g, value=1 - h.alpha)
         if h.centered:
             m = s.grad_avg.lerp_(g, 1 - h.alpha)
-            v = (v - m.square()).clamp_min_(0)
+            v = (v - m.square()).clamp_min_(0)  # round-off can push it below
         root = v.sqrt().add_(h.eps)
         if h.momentum:
             p.add_(s.momentum_buffer.mul_(h.momentum).addcdiv_(g, root), alpha=-h.lr)
@@ -290,6 +290,58 @@ class Adam(Optimizer):
         )
 
 
+# %% 04_adaptive_methods sec-weight-decay 1 438c6633
+class AdamW(Adam):
+    """AdamW: Adam whose weight decay acts on the parameter itself.
+
+    ``x ← (1 − lr · weight_decay) x``, then ``Adam``'s step.
+
+    Args:
+        params: Parameters or parameter groups, as in ``torch.optim``.
+        lr: Step size η, in units of the parameter; in [0, ∞). Default 0.001.
+        betas: Decays β₁, β₂ of the two means, per step; each in [0, 1). Default (0.9,
+            0.999).
+        eps: Added to the root, in units of gradient; in [0, ∞). Default 1e-8.
+        weight_decay: λ, in [0, ∞); a step shrinks x by the fraction lr · λ. Default
+            0.01.
+        amsgrad: Divide by the largest second moment so far. Default False.
+        **options: See ``Options``.
+
+    Raises:
+        ValueError: An argument out of range.
+        TypeError: An argument that is not a number.
+
+    Source: Loshchilov & Hutter (2017), arXiv 1711.05101. Chapter 04, eq-adamw.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            decoupled_weight_decay=True,
+            **options,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A checkpoint of ``Adam`` goes on as AdamW, as in torch."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
+
+
 # %% 04_adaptive_methods sec-nadam 1 ddf70e5d
 class NAdam(Optimizer):
     """NAdam: Adam with Nesterov's step ahead, and a momentum that warms up.
@@ -368,58 +420,6 @@ class NAdam(Optimizer):
         h.root_correction = (1 - b2**h.step) ** 0.5
 
 
-# %% 04_adaptive_methods sec-weight-decay 1 438c6633
-class AdamW(Adam):
-    """AdamW: Adam whose weight decay acts on the parameter itself.
-
-    ``x ← (1 − lr · weight_decay) x``, then ``Adam``'s step.
-
-    Args:
-        params: Parameters or parameter groups, as in ``torch.optim``.
-        lr: Step size η, in units of the parameter; in [0, ∞). Default 0.001.
-        betas: Decays β₁, β₂ of the two means, per step; each in [0, 1). Default (0.9,
-            0.999).
-        eps: Added to the root, in units of gradient; in [0, ∞). Default 1e-8.
-        weight_decay: λ, in [0, ∞); a step shrinks x by the fraction lr · λ. Default
-            0.01.
-        amsgrad: Divide by the largest second moment so far. Default False.
-        **options: See ``Options``.
-
-    Raises:
-        ValueError: An argument out of range.
-        TypeError: An argument that is not a number.
-
-    Source: Loshchilov & Hutter (2017), arXiv 1711.05101. Chapter 04, eq-adamw.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            decoupled_weight_decay=True,
-            **options,
-        )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A checkpoint of ``Adam`` goes on as AdamW, as in torch."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group["decoupled_weight_decay"] = True
-
-
 # %% 04_adaptive_methods sec-adafactor 1 674948c3
 def _min(a: Any, b: Any) -> Any:
     """The smaller of two numbers or tensors, without reading either."""
@@ -433,13 +433,13 @@ def _rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / max(1, x.numel()) ** 0.5
 
 
-# %% 04_adaptive_methods sec-adafactor 2 00c732ec
+# %% 04_adaptive_methods sec-adafactor 2 3893ad32
 class Adafactor(Optimizer):
     """Adafactor: Adam's second moment by its row and column means, no momentum.
 
-    With ``ρ₂ = t^beta2_decay``, and U clipped to root mean square d::
+    With ``ρ = t^beta2_decay``, and U clipped to root mean square d::
 
-        R ← R + ρ₂ (row means of G² − R)        C likewise by columns
+        R ← R + ρ (row means of G² − R)         C likewise by columns
         V = R C / mean R,   U = G / √V
         X ← X − min(lr, 1/√t) · max(eps₂, RMS(X)) · U
 
@@ -449,7 +449,7 @@ class Adafactor(Optimizer):
         params: Real parameters or parameter groups. Tensors of more than two dimensions
             are stacks of matrices in their last two.
         lr: Largest step relative to RMS(X), without unit; in [0, ∞). Default 0.01.
-        beta2_decay: Exponent of ρ₂, in (−∞, 0]. Default −0.8.
+        beta2_decay: Exponent of ρ, in (−∞, 0]. Default −0.8.
         eps: Floor of √V, in units of gradient, and floor of RMS(X), in units of the
             parameter; each in [0, ∞). ``None`` as the first means the machine epsilon
             of the data type. Default (None, 0.001).
@@ -493,24 +493,24 @@ class Adafactor(Optimizer):
         }
         super().__init__(params, defaults, **options)
 
-    # %% 04_adaptive_methods sec-adafactor 3 cf31c099
+    # %% 04_adaptive_methods sec-adafactor 3 fb2763c8
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         eps1 = torch.finfo(p.dtype).eps if h.eps[0] is None else h.eps[0]
-        step_size = _rms(p).clamp_min(h.eps[1]) * h.rho
+        step_size = _rms(p).clamp_min(h.eps[1]) * h.largest
         if h.weight_decay:
             p.mul_(1 - h.lr * h.weight_decay)
         v = g.square()
         if p.dim() > 1:
-            r = s.row_var.mul_(1 - h.rho2).add_(v.mean(-1, keepdim=True) * h.rho2)
-            c = s.col_var.mul_(1 - h.rho2).add_(v.mean(-2, keepdim=True) * h.rho2)
+            r = s.row_var.mul_(1 - h.rho).add_(v.mean(-1, keepdim=True) * h.rho)
+            c = s.col_var.mul_(1 - h.rho).add_(v.mean(-2, keepdim=True) * h.rho)
             v.copy_(r / r.mean(-2, keepdim=True).clamp_min(eps1)).mul_(c)
         else:
-            v.copy_(s.variance.mul_(1 - h.rho2).add_(v * h.rho2))
+            v.copy_(s.variance.mul_(1 - h.rho).add_(v * h.rho))
         u = v.clamp_min_(eps1**2).rsqrt_().mul_(g)
         p.addcmul_(u, step_size / (_rms(u) / h.d).clamp_min(1), value=-1)
 
-    # %% 04_adaptive_methods sec-adafactor 4 af4c9a2b
+    # %% 04_adaptive_methods sec-adafactor 4 bf8bec9e
     @staticmethod
     def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         if p.dim() < 2:
@@ -521,7 +521,7 @@ class Adafactor(Optimizer):
 
     @staticmethod
     def clock(h: Any) -> None:
-        h.rho, h.rho2 = _min(h.lr, h.step**-0.5), h.step**h.beta2_decay
+        h.largest, h.rho = _min(h.lr, h.step**-0.5), h.step**h.beta2_decay
 
 
 # %% 04_adaptive_methods sec-ademamix 1 b2c09ec4

@@ -1,6 +1,6 @@
 # Generated from chapters/02_stochastic_gradients.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head bc15e369
+# %% head 61368e9d
 """Chapter 02, Stochastic gradients."""
 
 __all__ = [
@@ -412,25 +412,25 @@ def _examples(batch: Any) -> int:
     return len(batch)
 
 
-# %% 02_stochastic_gradients sec-critical-batch 1 3487e765
+# %% 02_stochastic_gradients sec-critical-batch 1 4f26c8e3
 class CriticalBatch(NamedTuple):
-    """The trade of steps against examples, ``(S/S_min − 1)(E/E_min − 1) = 1``."""
+    """The trade of steps against examples, ``(S/S_min − 1)(M/M_min − 1) = 1``."""
 
     size: float
-    """``E_min / S_min``: twice the fewest steps and twice the fewest examples."""
+    """``M_min / S_min``: twice the fewest steps and twice the fewest examples."""
     min_steps: float
     """Steps to the goal with unlimited batches."""
     min_examples: float
     """Examples to the goal with the smallest batches."""
 
 
-# %% 02_stochastic_gradients sec-critical-batch 2 648688c9
+# %% 02_stochastic_gradients sec-critical-batch 2 7edb48ac
 def critical_batch_size(
     batch_sizes: Sequence[float] | Tensor, steps: Sequence[float] | Tensor
 ) -> CriticalBatch:
     """Fit the hyperbola of steps and examples to runs that reached the same loss.
 
-    Least squares on ``S_min / S + E_min / (b S) = 1``, so that relative errors count.
+    Least squares on ``S_min / S + M_min / (b S) = 1``, so that relative errors count.
 
     Args:
         batch_sizes: Batch size b of each run; at least two different ones.
@@ -455,12 +455,12 @@ def critical_batch_size(
             f"batch_sizes={b.tolist()}, steps={S.tolist()}; pass two lists of one "
             "length, all positive and finite, with at least two different batch sizes"
         )
-    S_min, E_min = torch.linalg.lstsq(
+    S_min, M_min = torch.linalg.lstsq(
         torch.stack([1 / S, 1 / (b * S)], dim=1), torch.ones_like(S)
     ).solution.tolist()
-    if not (S_min > 0 and E_min > 0):
+    if not (S_min > 0 and M_min > 0):
         raise ValueError(
-            f"the best fit has S_min={S_min:.3g}, E_min={E_min:.3g}; "
+            f"the best fit has S_min={S_min:.3g}, M_min={M_min:.3g}; "
             "try batch sizes further apart"
         )
-    return CriticalBatch(E_min / S_min, S_min, E_min)
+    return CriticalBatch(M_min / S_min, S_min, M_min)

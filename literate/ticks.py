@@ -6,7 +6,10 @@ import re
 
 from literate.notebook import TICK
 
-MEANING = "The code computed the two sides of this equation independently; they agree to this tolerance."
+MEANING = (
+    "The code computed the two sides of this equation independently; "
+    "they agree, or stand in the order of the sign, to this tolerance."
+)
 FIRST = (
     "This tick ends a test: the cell above computed the two sides of the equation independently, by different code, "
     "and they agree to this tolerance. Had they not, there would be no page."
