@@ -1,6 +1,6 @@
 # Generated from chapters/10_shampoo_soap.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a4a620f5
+# %% head 25ddb99b
 """Chapter 10, Shampoo and SOAP."""
 
 __all__ = [
@@ -716,7 +716,7 @@ def whitened(g: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     return left / n**0.5, right / m**0.5
 
 
-# %% 10_shampoo_soap sec-sh-psgd 1 aae16af4
+# %% 10_shampoo_soap sec-sh-psgd 1 70ee184f
 class PSGDKron(MatrixOptimizer):
     """PSGD with two Kronecker factors, fitted without inverses or roots.
 
@@ -744,7 +744,6 @@ class PSGDKron(MatrixOptimizer):
     10, eq-sh-psgd.
     """
 
-    engines = ("auto", "loop", "foreach")  # inductor of torch 2.13 gets it wrong
     precise = ("left", "right", "left_norm", "right_norm")
     ranges = {**MatrixOptimizer.ranges, "preconditioner_lr": "(0, 1]"}
     ranges |= {"clip": "(0, inf)"}
@@ -790,7 +789,7 @@ class PSGDKron(MatrixOptimizer):
             u = clipped(preconditioned(m, s.left, s.right), limit=h.clip)
         p.mul_(h.decay).add_(u, alpha=-h.lr)
 
-    # %% 10_shampoo_soap sec-sh-psgd 5 18f3e2b8
+    # %% 10_shampoo_soap sec-sh-psgd 5 d59feec4
     @staticmethod
     def clock(h: Any) -> None:
         h.c1, h.c2 = 1 / (1 - h.betas[0] ** h.step), (1 - h.betas[1] ** h.step) ** 0.5
@@ -807,24 +806,24 @@ class PSGDKron(MatrixOptimizer):
         scale = torch.where(size > 0, size, 1) ** power
         for side, n, one in zip(("left", "right"), p.shape, wanted, strict=True):
             s[side] = scale * torch.eye(n * one, dtype=g.dtype, device=g.device)
-            s[f"{side}_norm"] = torch.zeros_like(size)
+            s[f"{side}_norm"] = g.new_zeros(1, 1)
         return s
 
 
-# %% 10_shampoo_soap sec-sh-psgd 2 6bdf761e
+# %% 10_shampoo_soap sec-sh-psgd 2 2971a1c1
 def quad_step(
     A: Tensor, Q: Tensor, size: Tensor, c: float, mu: float
 ) -> tuple[Tensor, Tensor]:
     """Move Q towards ``A = c I`` and keep it symmetric; and the bound of ‖A‖ + c."""
     now = _norm(A) + c
     size = torch.maximum(0.9 * size + 0.1 * now, now)
-    step = (mu / (2 * size))[..., None, None]
+    step = mu / (2 * size)
     Y = Q - step * (A @ Q - c * Q)
     Y = Y - step * (Y @ A - c * Y)
     return (Y + Y.mT) / 2, size
 
 
-# %% 10_shampoo_soap sec-sh-psgd 4 673af78f
+# %% 10_shampoo_soap sec-sh-psgd 4 efa114cf
 @matrixwise
 def preconditioned(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
     """``(Q_LᵀQ_L) X (Q_RᵀQ_R)``; an empty factor leaves its side alone."""
@@ -860,4 +859,4 @@ def _norm(A: Tensor, steps: int = 4) -> Tensor:
     for _ in range(steps):
         size = torch.linalg.matrix_norm(v, keepdim=True)
         v = A @ torch.where(size > 0, v / size, 0)
-    return torch.linalg.matrix_norm(v)
+    return torch.linalg.matrix_norm(v, keepdim=True)
