@@ -1,6 +1,6 @@
 # Generated from chapters/10_shampoo_soap.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 0b2c49c1
+# %% head 237af031
 """Chapter 10, Shampoo and SOAP."""
 
 __all__ = [
@@ -514,7 +514,7 @@ class SOAP(MatrixOptimizer):
             s.left_values.copy_(values_in(s.left, L))
             s.right_values.copy_(values_in(s.right, R))
 
-    # %% 10_shampoo_soap sec-sh-soap 6 f31f930a
+    # %% 10_shampoo_soap sec-sh-soap 6 ee5689e4
     @staticmethod
     def clock(h: Any) -> None:
         """The first gradient is in the state already: its weights are zero."""
@@ -538,8 +538,11 @@ class SOAP(MatrixOptimizer):
                 s[f"{side}_basis"] = basis
                 if h.kl:
                     s[f"{side}_values"] = values_in(made[side], basis)
-            G = into_basis(G, s["left_basis"], s["right_basis"])
-            G = torch.where(G.abs() < 1e-4 * G.abs().amax(), 0, G)
+            sides = s["left_basis"], s["right_basis"]
+            if any(Q.numel() for Q in sides):
+                G = into_basis(G, *sides)
+                rounding = torch.finfo(G.dtype).eps ** 0.5
+                G = torch.where(G.abs() < rounding * G.abs().amax(), 0, G)
         if h.first_step == "move":
             s["exp_avg"], s["exp_avg_sq"] = (1 - h.betas[0]) * G, (1 - h.betas[1]) * G**2
         return s
@@ -854,11 +857,11 @@ class PSGDKron(MatrixOptimizer):
         return s
 
 
-# %% 10_shampoo_soap sec-sh-psgd 2 2971a1c1
+# %% 10_shampoo_soap sec-sh-psgd 2 9969c478
 def quad_step(
     A: Tensor, Q: Tensor, size: Tensor, c: float, mu: float
 ) -> tuple[Tensor, Tensor]:
-    """Move Q towards ``A = c I`` and keep it symmetric; and the bound of ‖A‖ + c."""
+    """Move Q towards ``A = c I``, symmetric; and the running size of ‖A‖ + c."""
     now = _norm(A) + c
     size = torch.maximum(0.9 * size + 0.1 * now, now)
     step = mu / (2 * size)
@@ -867,7 +870,7 @@ def quad_step(
     return (Y + Y.mT) / 2, size
 
 
-# %% 10_shampoo_soap sec-sh-psgd 4 efa114cf
+# %% 10_shampoo_soap sec-sh-psgd 4 841e52a6
 @matrixwise
 def preconditioned(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
     """``(Q_LᵀQ_L) X (Q_RᵀQ_R)``; an empty factor leaves its side alone."""
@@ -897,7 +900,7 @@ def clipped(u: Tensor, limit: float) -> Tensor:
 
 
 def _norm(A: Tensor, steps: int = 4) -> Tensor:
-    """The largest eigenvalue of a positive semi-definite matrix, by powers."""
+    """The largest eigenvalue of a positive semi-definite matrix, from below."""
     norms = A.norm(dim=-1)
     v = A.take_along_dim(norms.argmax(-1)[..., None, None], -2).mT
     for _ in range(steps):

@@ -135,6 +135,14 @@ def test_the_factors_of_kl_scale_with_the_gradients(seed, c):
         close(scaled[side], c * state[side], 1e-6)
 
 
+def test_small_entries_are_kept_where_no_side_is_turned_and_in_double_precision():
+    G = torch.tensor([[1.0, 1e-5], [1e-6, 2.0]], dtype=torch.float64)
+    close(-run(gd.SOAP, [G], lr=1.0, max_dim=0, eps=1e-30)[0], torch.ones(2, 2).double(), 1e-9)
+    U, V = orthogonal(0, 4), orthogonal(1, 4)
+    G = U * torch.tensor([1, 0.1, 1e-5, 1e-6], dtype=torch.float64) @ V.T
+    close(-run(gd.SOAP, [G], lr=1.0, eps=1e-30, jitter=0.0)[0], U @ V.T, 1e-2)
+
+
 # --- the rules
 
 
