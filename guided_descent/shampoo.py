@@ -1,6 +1,6 @@
 # Generated from chapters/10_shampoo_soap.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 237af031
+# %% head f344380b
 """Chapter 10, Shampoo and SOAP."""
 
 __all__ = [
@@ -836,7 +836,7 @@ class PSGDKron(MatrixOptimizer):
             u = clipped(preconditioned(m, s.left, s.right), limit=h.clip)
         p.mul_(h.decay).add_(u, alpha=-h.lr)
 
-    # %% 10_shampoo_soap sec-sh-psgd 5 d59feec4
+    # %% 10_shampoo_soap sec-sh-psgd 5 e3925ea2
     @staticmethod
     def clock(h: Any) -> None:
         h.c1, h.c2 = 1 / (1 - h.betas[0] ** h.step), (1 - h.betas[1] ** h.step) ** 0.5
@@ -853,6 +853,7 @@ class PSGDKron(MatrixOptimizer):
         scale = torch.where(size > 0, size, 1) ** power
         for side, n, one in zip(("left", "right"), p.shape, wanted, strict=True):
             s[side] = scale * torch.eye(n * one, dtype=g.dtype, device=g.device)
+            # torch 2.13 loses what a compiled graph writes to a tensor without dimensions
             s[f"{side}_norm"] = g.new_zeros(1, 1)
         return s
 

@@ -1,5 +1,7 @@
 """Matrix methods and diagonal curvature on two processes, under torchrun; test_replicas.py says what it checks."""
 
+import functools
+
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -140,7 +142,7 @@ def shards():
         p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
         p.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
         if name in DIAGONAL:
-            refused(lambda: method([p], **options), "is sharded over processes; use AdamW for it")
+            refused(functools.partial(method, [p], **options), "is sharded over processes; use AdamW for it")
         else:
             words = f"is sharded over processes (DTensor), and {method.__name__} needs all of it; use AdamW for it"
             refused(method([p], **options).step, words)

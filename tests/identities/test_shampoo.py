@@ -356,8 +356,9 @@ def test_soap_begins_with_the_axes_if_it_must(monkeypatch):
 
 
 def test_a_nan_that_is_let_through_is_no_error_either():
+    options = {"nonfinite": "propagate", "precondition_every": 1}
     for method in (gd.Shampoo, gd.KLShampoo, gd.SOAP):
-        run(method, [normal(0, 3, 3), torch.full((3, 3), float("nan"))] * 2, nonfinite="propagate", precondition_every=1)
+        run(method, [normal(0, 3, 3), torch.full((3, 3), float("nan"))] * 2, **options)
 
 
 @every_method
