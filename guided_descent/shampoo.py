@@ -1,6 +1,6 @@
 # Generated from chapters/10_shampoo_soap.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f344380b
+# %% head 9f904936
 """Chapter 10, Shampoo and SOAP."""
 
 __all__ = [
@@ -514,7 +514,7 @@ class SOAP(MatrixOptimizer):
             s.left_values.copy_(values_in(s.left, L))
             s.right_values.copy_(values_in(s.right, R))
 
-    # %% 10_shampoo_soap sec-sh-soap 6 ee5689e4
+    # %% 10_shampoo_soap sec-sh-soap 6 aefd85cd
     @staticmethod
     def clock(h: Any) -> None:
         """The first gradient is in the state already: its weights are zero."""
@@ -541,8 +541,8 @@ class SOAP(MatrixOptimizer):
             sides = s["left_basis"], s["right_basis"]
             if any(Q.numel() for Q in sides):
                 G = into_basis(G, *sides)
-                rounding = torch.finfo(G.dtype).eps ** 0.5
-                G = torch.where(G.abs() < rounding * G.abs().amax(), 0, G)
+                noise = max(torch.finfo(G.dtype).eps, h.jitter) ** 0.5
+                G = torch.where(G.abs() < noise * G.abs().amax(), 0, G)
         if h.first_step == "move":
             s["exp_avg"], s["exp_avg_sq"] = (1 - h.betas[0]) * G, (1 - h.betas[1]) * G**2
         return s
