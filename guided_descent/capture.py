@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 71b33f39
+# %% head 6a8326ce
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -225,7 +225,7 @@ class _Use:
         return made
 
 
-# %% 23_machinery sec-capture 8 045abe97
+# %% 23_machinery sec-capture 8 7634ebea
 class _Tap(torch.autograd.Function):
     """The identity behind a layer's output: what comes back is the gradient by it."""
 
@@ -255,6 +255,8 @@ class _Root:
         Args:
             g: The gradient by the output, where it is what has arrived.
         """
+        if self.at.capture.model in _SAMPLING:
+            return  # what passes here is another's sample
         output, self.output = self.output, None
         if output is None:
             return

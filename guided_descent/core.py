@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c0259663
+# %% head 4afce676
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -442,7 +442,7 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped = before + (~finite).long()
         return finite
 
-    # %% 23_machinery sec-base-class 7 f90ea079
+    # %% 23_machinery sec-base-class 7 43c1e786
     def _advance(
         self, group: Group, engine: str, grads: Grads, finite: Tensor | None
     ) -> None:
@@ -538,7 +538,7 @@ class Optimizer(torch.optim.Optimizer):
             return set()
         every, now = group[method.every], group.setdefault("steps", 0)
         group["steps"] = now + 1
-        if every not in self._turns:
+        if (kind := (type(method), every)) not in self._turns:
             costs = {
                 (p, k): float(sum((side.stop - side.start) ** 3 for side in cut))
                 for x in self.param_groups
@@ -547,11 +547,11 @@ class Optimizer(torch.optim.Optimizer):
                 for k, cut in enumerate(_cuts(p, x))
             }
             turns = share([*costs.values()], every)
-            self._turns[every] = dict(zip(costs, turns, strict=True))
+            self._turns[kind] = dict(zip(costs, turns, strict=True))
         turn = now % every if now else None
-        return {unit for unit, its in self._turns[every].items() if its == turn}
+        return {unit for unit, its in self._turns[kind].items() if its == turn}
 
-    # %% 23_machinery sec-base-class 8 be314427
+    # %% 23_machinery sec-base-class 8 08ef298f
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
         group = _named({**param_group})
@@ -628,7 +628,7 @@ class Optimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drop all that follows from parameters and groups; it is worked out again."""
         self._plans: dict[Tensor, _Plan] = {}
-        self._turns: dict[int, dict[Any, int]] = {}
+        self._turns: dict[Any, dict[Any, int]] = {}
         self._others: dict[str, Optimizer] = {}
 
 
@@ -762,7 +762,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 74b90184
+# %% 23_machinery sec-base-class 9 9eb5016e
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -770,9 +770,13 @@ ALGORITHMS = {
     "adam": "adaptive.Adam",
     "adamw": "adaptive.AdamW",
     "ademamix": "adaptive.AdEMAMix",
+    "klshampoo": "shampoo.KLShampoo",
     "nadam": "adaptive.NAdam",
+    "psgdkron": "shampoo.PSGDKron",
     "rmsprop": "adaptive.RMSprop",
     "sgd": "sgd.SGD",
+    "shampoo": "shampoo.Shampoo",
+    "soap": "shampoo.SOAP",
 }
 #: What any group may hold, beside hyperparameters.
 KEYS = ("params", "param_names", "algorithm", "block_size", "split_sizes", "initial_lr")

@@ -1,6 +1,6 @@
 # Generated from chapters/10_shampoo_soap.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a4a620f5
+# %% head 9f904936
 """Chapter 10, Shampoo and SOAP."""
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-# %% 10_shampoo_soap sec-sh-adagrad 1 5eca8c58
+# %% 10_shampoo_soap sec-sh-adagrad 1 513bd702
 import warnings
 from collections import Counter
 from typing import Any, Literal, Unpack
@@ -44,13 +44,14 @@ from guided_descent.core import Optimizer, Options, check_choice, check_range, w
 from guided_descent.engines import matrixwise
 
 #: Sides of a matrix that get a preconditioner, where not both do.
-OneSided = Literal["left", "right", "smaller"] | None
-#: Eigenproblems that did not converge: tried again in double precision
-#: ("retried"), or given up, with the coordinate axes as the basis ("failed").
+OneSided = Literal["left", "right", "smaller"] | bool | None
+#: Eigenproblems that did not converge: how often one was tried again in double
+#: precision ("retried"), and how often given up ("failed"). Then a root stays
+#: the last good one; a first root is the diagonal's, a first basis the axes.
 failures: Counter[str] = Counter()
 
 
-# %% 10_shampoo_soap sec-sh-adagrad 2 d7cc9c96
+# %% 10_shampoo_soap sec-sh-adagrad 2 4264cbf9
 def _mean_diagonal(A: Tensor) -> Tensor:
     return A.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
 
@@ -61,26 +62,39 @@ def _nudge(A: Tensor, jitter: float, least: float) -> Tensor:
 
 
 def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, and never an error."""
+    """Eigenvalues and eigenvectors, and never an error.
+
+    Of a matrix that fails twice the eigenvalues are NaN and the vectors the axes.
+    """
     if A.is_meta:
         return A.new_empty(A.shape[:-1]), torch.empty_like(A)
     try:
         return torch.linalg.eigh(A)
     except RuntimeError:
+        pass
+    pairs = [_eigh_again(X) for X in A.reshape(-1, *A.shape[-2:])]
+    values, vectors = (torch.stack(x).to(A) for x in zip(*pairs, strict=True))
+    return values.view(A.shape[:-1]), vectors.view(A.shape)
+
+
+def _eigh_again(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one matrix, in double precision and with a nudge."""
+    eye, A = torch.eye(len(A), dtype=torch.float64, device=A.device), A.double()
+    for nudge in (0.0, 1e-9):
         failures["retried"] += 1
-    try:
-        values, vectors = torch.linalg.eigh(A.double())
-        return values.to(A.dtype), vectors.to(A.dtype)
-    except RuntimeError:
-        failures["failed"] += 1
-    values, order = A.diagonal(dim1=-2, dim2=-1).sort(-1)
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
-    return values, eye.take_along_dim(order.unsqueeze(-2), -1)
+        try:
+            return torch.linalg.eigh(A + nudge * _mean_diagonal(A) * eye)
+        except RuntimeError:
+            pass
+    failures["failed"] += 1
+    return torch.full_like(A[0], torch.nan), eye
 
 
-# %% 10_shampoo_soap sec-sh-adagrad 3 dcd23e5b
+# %% 10_shampoo_soap sec-sh-adagrad 3 63870117
 @matrixwise
-def inverse_root(A: Tensor, power: float = -0.5, eps: float = 1e-6) -> Tensor:
+def inverse_root(
+    A: Tensor, power: float = -0.5, eps: float = 1e-6, last: Tensor | None = None
+) -> Tensor:
     """``(A + eps · tr(A)/n · I)^power`` of a positive semi-definite matrix.
 
     Args:
@@ -88,20 +102,24 @@ def inverse_root(A: Tensor, power: float = -0.5, eps: float = 1e-6) -> Tensor:
         power: Usually −1/4 or −1/2.
         eps: Added before the power is taken, relative to the mean eigenvalue.
             Of a zero matrix the result is zero.
+        last: What to return if LAPACK fails twice; ``None``: the diagonal's root.
 
     Source: chapter 10, eq-sh-step.
     """
     if not A.numel():
         return A
     values, Q = _eigh(A)
+    failed = values.isnan()
+    values = torch.where(failed, A.diagonal(dim1=-2, dim2=-1), values)
     size = _mean_diagonal(A)[..., 0]
     floor = torch.finfo(A.dtype).eps * size * A.shape[-1]
     values = torch.maximum(values.clamp(min=0) + eps * size, floor)
     values = torch.where(size > 0, values, torch.inf)
-    return Q * (values**power).unsqueeze(-2) @ Q.mT
+    root = Q * (values**power).unsqueeze(-2) @ Q.mT
+    return root if last is None else torch.where(failed.unsqueeze(-1), last, root)
 
 
-# %% 10_shampoo_soap sec-sh-limits 1 fddde069
+# %% 10_shampoo_soap sec-sh-limits 1 8bf90830
 class MatrixOptimizer(Optimizer):
     """What the methods of this chapter share: which sides of a matrix they see.
 
@@ -130,7 +148,7 @@ class MatrixOptimizer(Optimizer):
         """Refuse what is none of the choices, too."""
         super()._check_group(group)
         if "one_sided" in self.defaults:
-            sides = (None, "left", "right", "smaller")
+            sides = (None, "left", "right", "smaller", False, True)
             check_choice("one_sided", group["one_sided"], sides)
 
 
@@ -138,7 +156,7 @@ def _sides(p: Tensor, h: Any) -> tuple[bool, bool]:
     """Which sides get a preconditioner: small enough, and asked for."""
     m, n = p.shape
     only = h.one_sided
-    if only == "smaller":
+    if only == "smaller" or only is True:
         only = "left" if m <= n else "right"
     return only != "right" and m <= h.max_dim, only != "left" and n <= h.max_dim
 
@@ -152,7 +170,7 @@ def _is_vector(s: Any) -> bool:
     return not hasattr(s, "left")
 
 
-# %% 10_shampoo_soap sec-sh-limits 2 68bb74e5
+# %% 10_shampoo_soap sec-sh-limits 2 5687a065
 @matrixwise
 def into_basis(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
     """``Q_Lᵀ X Q_R``; an empty basis leaves its side alone."""
@@ -170,30 +188,48 @@ def out_of_basis(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
 @matrixwise
 def permute(X: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Rows and columns in a new order; an empty order is the old one."""
-    X = X.take_along_dim(rows.unsqueeze(-1), -2) if rows.numel() else X
-    return X.take_along_dim(columns.unsqueeze(-2), -1) if columns.numel() else X
+    X = X.gather(-2, rows.unsqueeze(-1).expand_as(X)) if rows.numel() else X
+    return X.gather(-1, columns.unsqueeze(-2).expand_as(X)) if columns.numel() else X
 
 
 @matrixwise
 def learn_left(A: Tensor, X: Tensor, weight: Any, keep: Any) -> Tensor:
-    """``keep · A + weight · X Xᵀ``, or A where it is empty."""
-    return _blend(A, X, X.mT, weight, keep) if A.numel() else A
+    """``keep · A + weight · X Xᵀ``, written into A, or A where it is empty."""
+    return _add_gram(A, X, weight, keep) if A.numel() else A
 
 
 @matrixwise
 def learn_right(A: Tensor, X: Tensor, weight: Any, keep: Any) -> Tensor:
-    """``keep · A + weight · Xᵀ X``, or A where it is empty."""
-    return _blend(A, X.mT, X, weight, keep) if A.numel() else A
+    """``keep · A + weight · Xᵀ X``, written into A, or A where it is empty."""
+    return _add_gram(A, X.mT, weight, keep) if A.numel() else A
 
 
-def _blend(A: Tensor, X: Tensor, Y: Tensor, weight: Any, keep: Any) -> Tensor:
+#: A symmetric product with more rows than this is computed by halves, one
+#: corner for both.
+_ROWS = 192
+
+
+def _add_gram(A: Tensor, X: Tensor, weight: Any, keep: Any) -> Tensor:
+    n = X.shape[-2]
+    if n > _ROWS:
+        top, rest = slice(None, n // 2), slice(n // 2, None)
+        for part in (top, rest):
+            _add_gram(A[..., part, part], X[..., part, :], weight, keep)
+        corner = A[..., rest, top]
+        _add_product(corner, X[..., rest, :], X[..., top, :].mT, weight, keep)
+        A[..., top, rest].copy_(corner.mT)
+        return A
+    return _add_product(A, X, X.mT, weight, keep)
+
+
+def _add_product(A: Tensor, X: Tensor, Y: Tensor, weight: Any, keep: Any) -> Tensor:
     if isinstance(weight, Tensor) or isinstance(keep, Tensor):
-        return keep * A + weight * (X @ Y)
-    product = torch.addmm if A.ndim == 2 else torch.baddbmm
-    return product(A, X, Y, beta=keep, alpha=weight)
+        return A.mul_(keep).add_(weight * (X @ Y))
+    product = A.addmm_ if A.ndim == 2 else A.baddbmm_
+    return product(X, Y, beta=keep, alpha=weight)
 
 
-# %% 10_shampoo_soap sec-sh-limits 3 7c95eb94
+# %% 10_shampoo_soap sec-sh-limits 3 9400310d
 class Shampoo(MatrixOptimizer):
     """Shampoo: the gradient between inverse roots of two running means.
 
@@ -221,8 +257,9 @@ class Shampoo(MatrixOptimizer):
             step, in turns. With 1 it is taken before, from the latest L and R.
             Default 10.
         block_size: Largest side of a block; ``None``: no blocks. Default 1024.
-        one_sided: ``"left"``, ``"right"`` or ``"smaller"``; ``None`` (the
-            default): both sides.
+        one_sided: ``"left"``, ``"right"`` or ``"smaller"``, for which ``True``
+            is short; ``None`` (the default): both sides. A group may say it,
+            for an embedding ``{"params": …, "one_sided": True}``.
         max_dim: A larger side gets the identity. Default 10000.
         **options: See ``Options``; ``nonfinite`` is ``"skip"`` by default.
 
@@ -293,7 +330,7 @@ class Shampoo(MatrixOptimizer):
         if not _is_vector(s) and h.precondition_every > 1:
             _take_roots(s, h)
 
-    # %% 10_shampoo_soap sec-sh-limits 7 582805da
+    # %% 10_shampoo_soap sec-sh-limits 7 475a5842
     @staticmethod
     def clock(h: Any) -> None:
         """L and R begin as the first gradient's, v at zero with Adam's correction."""
@@ -323,8 +360,9 @@ class Shampoo(MatrixOptimizer):
         power = group["exponent"]
         if power is not None:
             check_range("exponent", power, "[-1, 0)")
-        two = group["one_sided"] is None and power is not None and power <= -0.5
-        one = group["one_sided"] is not None and power is not None and power <= -1
+        power = power or 0.0
+        two = not group["one_sided"] and power <= -0.5
+        one = group["one_sided"] and power <= -1
         if group["grafting"] is None and (two or one):
             warnings.warn(
                 f"exponent={power} without a graft has the unit of 1/gradient: a step "
@@ -333,7 +371,7 @@ class Shampoo(MatrixOptimizer):
             )
 
 
-# %% 10_shampoo_soap sec-sh-limits 5 f3d66857
+# %% 10_shampoo_soap sec-sh-limits 5 c6c04392
 @matrixwise
 def graft(u: Tensor, like: Tensor) -> Tensor:
     """u with the length of another matrix; zero stays zero.
@@ -346,21 +384,27 @@ def graft(u: Tensor, like: Tensor) -> Tensor:
 
 @matrixwise
 def both_roots(
-    L: Tensor, R: Tensor, exponent: float | None, eps: float
-) -> tuple[Tensor, Tensor]:
+    L: Tensor,
+    R: Tensor,
+    *last: Tensor,
+    exponent: float | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
     """The inverse roots of L and R, by default of order 2k for k sides."""
     sides = bool(L.numel()) + bool(R.numel())
     power = -0.5 / max(sides, 1) if exponent is None else exponent
-    return inverse_root(L, power=power, eps=eps), inverse_root(R, power=power, eps=eps)
+    pairs = zip((L, R), last or (None, None), strict=True)
+    return tuple(inverse_root(A, power, eps, old) for A, old in pairs)
 
 
 def _take_roots(s: Any, h: Any) -> None:
-    L, R = both_roots(s.left, s.right, exponent=h.exponent, eps=h.eps)
+    last = s.left_root, s.right_root
+    L, R = both_roots(s.left, s.right, *last, exponent=h.exponent, eps=h.eps)
     s.left_root.copy_(L)
     s.right_root.copy_(R)
 
 
-# %% 10_shampoo_soap sec-sh-soap 1 2a5dc0da
+# %% 10_shampoo_soap sec-sh-soap 1 17bbdd72
 class SOAP(MatrixOptimizer):
     """SOAP: Adam in the eigenbasis of Shampoo's two matrices.
 
@@ -384,9 +428,9 @@ class SOAP(MatrixOptimizer):
             matrices take turns. Default 10.
         block_size: Largest side of a block, at least 1; ``None``: no blocks.
             Default 1024.
-        one_sided: ``"left"``, ``"right"`` or ``"smaller"``: only that side is
-            turned. ``None`` (the default): both. For an embedding of shape
-            (words, features) take ``"right"``.
+        one_sided: ``"left"``, ``"right"`` or ``"smaller"``, for which ``True``
+            is short: only that side is turned. ``None`` (the default): both. A
+            group may say it, for an embedding ``{"params": …, "one_sided": True}``.
         max_dim: A larger side gets the identity. Default 10000.
         first_step: ``"move"`` (the default): the first step goes along U Vᵀ
             where ``g = U S Vᵀ``, without what is rounding. ``"skip"``: the
@@ -439,13 +483,13 @@ class SOAP(MatrixOptimizer):
         }
         super().__init__(params, defaults, **options)
 
-    # %% 10_shampoo_soap sec-sh-soap 2 6c140bf3
+    # %% 10_shampoo_soap sec-sh-soap 2 add2bffd
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         sides = () if _is_vector(s) else (s.left_basis, s.right_basis)
         G = into_basis(g, *sides) if sides else g
         m = s.exp_avg.lerp_(G, h.w1)
-        v = s.exp_avg_sq.lerp_(G.square(), h.w2)
+        v = s.exp_avg_sq.mul_(1 - h.w2).addcmul_(G, G, value=h.w2)
         u = m / v.sqrt().add_(h.eps)
         u = out_of_basis(u, *sides) if sides else u
         p.add_(u, alpha=-h.rate).mul_(h.decay)
@@ -470,7 +514,7 @@ class SOAP(MatrixOptimizer):
             s.left_values.copy_(values_in(s.left, L))
             s.right_values.copy_(values_in(s.right, R))
 
-    # %% 10_shampoo_soap sec-sh-soap 6 f31f930a
+    # %% 10_shampoo_soap sec-sh-soap 6 aefd85cd
     @staticmethod
     def clock(h: Any) -> None:
         """The first gradient is in the state already: its weights are zero."""
@@ -494,8 +538,11 @@ class SOAP(MatrixOptimizer):
                 s[f"{side}_basis"] = basis
                 if h.kl:
                     s[f"{side}_values"] = values_in(made[side], basis)
-            G = into_basis(G, s["left_basis"], s["right_basis"])
-            G = torch.where(G.abs() < 1e-4 * G.abs().amax(), 0, G)
+            sides = s["left_basis"], s["right_basis"]
+            if any(Q.numel() for Q in sides):
+                G = into_basis(G, *sides)
+                noise = max(torch.finfo(G.dtype).eps, h.jitter) ** 0.5
+                G = torch.where(G.abs() < noise * G.abs().amax(), 0, G)
         if h.first_step == "move":
             s["exp_avg"], s["exp_avg_sq"] = (1 - h.betas[0]) * G, (1 - h.betas[1]) * G**2
         return s
@@ -530,7 +577,7 @@ def eigenbasis(A: Tensor, jitter: float = 1e-9) -> Tensor:
     return Q.flip(-1).contiguous()
 
 
-# %% 10_shampoo_soap sec-sh-soap 4 f990b979
+# %% 10_shampoo_soap sec-sh-soap 4 1150c427
 @matrixwise
 def next_basis(A: Tensor, Q: Tensor, jitter: float = 1e-9) -> tuple[Tensor, Tensor]:
     """One step of subspace iteration: Q sorted by its eigenvalues, then qr(A Q).
@@ -551,7 +598,7 @@ def next_basis(A: Tensor, Q: Tensor, jitter: float = 1e-9) -> tuple[Tensor, Tens
     Y = A @ Q
     Y = Y + _nudge(A, jitter, torch.finfo(A.dtype).eps ** 0.5) * Q
     order = (Y * Q).sum(-2).argsort(-1, descending=True)
-    Q, R = torch.linalg.qr(Y.take_along_dim(order.unsqueeze(-2), -1))
+    Q, R = torch.linalg.qr(Y.gather(-1, order.unsqueeze(-2).expand_as(Y)))
     signs = R.diagonal(dim1=-2, dim2=-1).sign()
     return Q * torch.where(signs == 0, 1, signs).unsqueeze(-2), order
 
@@ -679,12 +726,12 @@ class KLShampoo(MatrixOptimizer):
             s.right.copy_(learn_right(s.right, right, 1 - h.betas[1], h.betas[1]))
         p.mul_(h.decay).add_(u, alpha=-h.lr)
 
-    # %% 10_shampoo_soap sec-sh-kl 4 cf7fb2bb
+    # %% 10_shampoo_soap sec-sh-kl 4 0684e341
     @staticmethod
     def refresh(s: Any, h: Any) -> None:
         if not _is_vector(s):
-            s.left_root.copy_(inverse_root(s.left, eps=h.eps))
-            s.right_root.copy_(inverse_root(s.right, eps=h.eps))
+            s.left_root.copy_(inverse_root(s.left, -0.5, h.eps, s.left_root))
+            s.right_root.copy_(inverse_root(s.right, -0.5, h.eps, s.right_root))
 
 
     @staticmethod
@@ -716,7 +763,7 @@ def whitened(g: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     return left / n**0.5, right / m**0.5
 
 
-# %% 10_shampoo_soap sec-sh-psgd 1 aae16af4
+# %% 10_shampoo_soap sec-sh-psgd 1 70ee184f
 class PSGDKron(MatrixOptimizer):
     """PSGD with two Kronecker factors, fitted without inverses or roots.
 
@@ -744,7 +791,6 @@ class PSGDKron(MatrixOptimizer):
     10, eq-sh-psgd.
     """
 
-    engines = ("auto", "loop", "foreach")  # inductor of torch 2.13 gets it wrong
     precise = ("left", "right", "left_norm", "right_norm")
     ranges = {**MatrixOptimizer.ranges, "preconditioner_lr": "(0, 1]"}
     ranges |= {"clip": "(0, inf)"}
@@ -790,7 +836,7 @@ class PSGDKron(MatrixOptimizer):
             u = clipped(preconditioned(m, s.left, s.right), limit=h.clip)
         p.mul_(h.decay).add_(u, alpha=-h.lr)
 
-    # %% 10_shampoo_soap sec-sh-psgd 5 18f3e2b8
+    # %% 10_shampoo_soap sec-sh-psgd 5 e3925ea2
     @staticmethod
     def clock(h: Any) -> None:
         h.c1, h.c2 = 1 / (1 - h.betas[0] ** h.step), (1 - h.betas[1] ** h.step) ** 0.5
@@ -807,24 +853,25 @@ class PSGDKron(MatrixOptimizer):
         scale = torch.where(size > 0, size, 1) ** power
         for side, n, one in zip(("left", "right"), p.shape, wanted, strict=True):
             s[side] = scale * torch.eye(n * one, dtype=g.dtype, device=g.device)
-            s[f"{side}_norm"] = torch.zeros_like(size)
+            # torch 2.13 loses what a compiled graph writes to a tensor without dimensions
+            s[f"{side}_norm"] = g.new_zeros(1, 1)
         return s
 
 
-# %% 10_shampoo_soap sec-sh-psgd 2 6bdf761e
+# %% 10_shampoo_soap sec-sh-psgd 2 9969c478
 def quad_step(
     A: Tensor, Q: Tensor, size: Tensor, c: float, mu: float
 ) -> tuple[Tensor, Tensor]:
-    """Move Q towards ``A = c I`` and keep it symmetric; and the bound of ‖A‖ + c."""
+    """Move Q towards ``A = c I``, symmetric; and the running size of ‖A‖ + c."""
     now = _norm(A) + c
     size = torch.maximum(0.9 * size + 0.1 * now, now)
-    step = (mu / (2 * size))[..., None, None]
+    step = mu / (2 * size)
     Y = Q - step * (A @ Q - c * Q)
     Y = Y - step * (Y @ A - c * Y)
     return (Y + Y.mT) / 2, size
 
 
-# %% 10_shampoo_soap sec-sh-psgd 4 673af78f
+# %% 10_shampoo_soap sec-sh-psgd 4 841e52a6
 @matrixwise
 def preconditioned(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
     """``(Q_LᵀQ_L) X (Q_RᵀQ_R)``; an empty factor leaves its side alone."""
@@ -854,10 +901,10 @@ def clipped(u: Tensor, limit: float) -> Tensor:
 
 
 def _norm(A: Tensor, steps: int = 4) -> Tensor:
-    """The largest eigenvalue of a positive semi-definite matrix, by powers."""
+    """The largest eigenvalue of a positive semi-definite matrix, from below."""
     norms = A.norm(dim=-1)
     v = A.take_along_dim(norms.argmax(-1)[..., None, None], -2).mT
     for _ in range(steps):
         size = torch.linalg.matrix_norm(v, keepdim=True)
         v = A @ torch.where(size > 0, v / size, 0)
-    return torch.linalg.matrix_norm(v)
+    return torch.linalg.matrix_norm(v, keepdim=True)

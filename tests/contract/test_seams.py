@@ -367,6 +367,33 @@ def test_a_group_of_another_algorithm_is_stepped_as_by_that_algorithm(name, engi
     assert set(mixed.state[biases[0]]) == set(alone[1].state[twins[1][0]])
 
 
+@pytest.mark.parametrize("name", ["klshampoo", "psgdkron", "shampoo", "soap"])
+def test_a_group_of_matrices_keeps_the_turns_of_its_own_algorithm(name):
+    """Beside another method that also renews every three steps, and beside a group of its own class."""
+    shapes = (4, 3), (5, 5), (6, 2), (3, 3)
+    cls = getattr(gd, ALGORITHMS[name].partition(".")[2])
+    every = {} if cls is gd.PSGDKron else {"precondition_every": 3}
+    first, second = matrices(*shapes), matrices(*shapes)
+    twins = matrices(*shapes), matrices(*shapes)
+    group = {"params": second, "algorithm": name, "lr": 0.05, **every}
+    mixed = gd.Shampoo([{"params": first}, group], lr=0.1, precondition_every=3, engine="loop")
+    if cls is gd.Shampoo:
+        groups = [{"params": twins[0]}, {"params": twins[1], "lr": 0.05}]
+        alone = [gd.Shampoo(groups, lr=0.1, precondition_every=3, engine="loop")]
+    else:
+        alone = [
+            gd.Shampoo(twins[0], lr=0.1, precondition_every=3, engine="loop"),
+            cls(twins[1], lr=0.05, engine="loop", **every),
+        ]
+    for t in range(8):
+        run(mixed, first + second, [t])
+        for p, q in zip(twins[0] + twins[1], first + second, strict=True):
+            p.grad = q.grad
+        for optimizer in alone:
+            optimizer.step()
+    torch.testing.assert_close(first + second, twins[0] + twins[1], rtol=0, atol=0)
+
+
 def test_a_group_has_its_algorithms_defaults_and_the_optimizers_options():
     optimizer = Muon(matrices((2, 2)), lr=0.3, maximize=True)
     optimizer.add_param_group({"params": matrices((2,)), "algorithm": "adamw"})

@@ -247,21 +247,28 @@ def test_labels_differ_by_row_step_and_seed():
     assert len(found) > 2
 
 
-def test_gradients_arrive_as_they_would_and_two_may_watch_one_model():
+@pytest.mark.parametrize("kfac_first", [False, True])
+def test_gradients_arrive_as_they_would_and_two_may_watch_one_model(kfac_first):
     model, x, y = network(3, 4, 3), normal(0, 3, 3), torch.tensor([0, 1, 1])
     candidates = all_draws(model, x) ** 2 / 3
     cross_entropy(model(x), y).backward()
     plain = [p.grad.clone() for p in model.parameters()]
+    kfac = gd.KFAC(model, lr=0.0, reduction="mean") if kfac_first else None
     both = [
         Sophia(layer.parameters(), lr=0.0, estimator="gnb", model=model, seed=k, **ONCE)
         for k, layer in enumerate((model[0], model[2]))
     ]
-    kfac = gd.KFAC(model, lr=0.0, reduction="mean")
+    alone = network(3, 4, 3)
+    reference = gd.KFAC(alone, lr=0.0, reduction="mean")
+    cross_entropy(alone(x), y).backward()
+    reference.step()
+    kfac = kfac or gd.KFAC(model, lr=0.0, reduction="mean")
     model.zero_grad()
     cross_entropy(model(x), y).backward()
     for p, g in zip(model.parameters(), plain, strict=True):
         assert torch.equal(p.grad, g)
     kfac.step()
+    torch.testing.assert_close(*(dict(optimizer.state_dict()["state"]) for optimizer in (kfac, reference)))
     for optimizer, part in zip(both, (slice(0, 16), slice(16, None)), strict=True):
         assert optimizer.passes == 1
         optimizer.step()

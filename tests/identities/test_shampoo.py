@@ -135,6 +135,14 @@ def test_the_factors_of_kl_scale_with_the_gradients(seed, c):
         close(scaled[side], c * state[side], 1e-6)
 
 
+def test_small_entries_are_kept_where_no_side_is_turned_and_in_double_precision():
+    G = torch.tensor([[1.0, 1e-5], [1e-6, 2.0]], dtype=torch.float64)
+    close(-run(gd.SOAP, [G], lr=1.0, max_dim=0, eps=1e-30)[0], torch.ones(2, 2).double(), 1e-9)
+    U, V = orthogonal(0, 4), orthogonal(1, 4)
+    G = U * torch.tensor([1, 0.1, 1e-5, 1e-6], dtype=torch.float64) @ V.T
+    close(-run(gd.SOAP, [G], lr=1.0, eps=1e-30, jitter=0.0)[0], U @ V.T, 1e-2)
+
+
 # --- the rules
 
 
@@ -292,24 +300,89 @@ def test_a_vector_goes_by_adam(method):
     close(ours, run(gd.Adam, gradients, betas=(0.9, 0.95), eps=0.0 if method is gd.SOAP else 1e-8)[0], 1e-9)
 
 
-def test_an_eigenproblem_that_fails_is_tried_again_and_given_up_without_an_error(monkeypatch):
-    true, calls, allowed = torch.linalg.eigh, [], [0]
+def stubborn(monkeypatch, fails):
+    """torch.linalg.eigh that fails so many times; returns the types it was asked with."""
+    true, calls = torch.linalg.eigh, []
 
-    def stubborn(A):
+    def eigh(A):
         calls.append(A.dtype)
-        if len(calls) <= allowed[0]:
+        if len(calls) <= fails:
             raise torch.linalg.LinAlgError("did not converge")
         return true(A)
 
-    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
-    A = torch.diag(torch.tensor([1.0, 4.0]))
-    for fails, what in ((1, "retried"), (2, "failed")):
-        calls.clear()
-        allowed[0] = fails
-        before = shampoo.failures[what]
-        torch.testing.assert_close(inverse_root(A, -0.5, 0.0), torch.diag(torch.tensor([1.0, 0.5])))
-        assert shampoo.failures[what] == before + 1
-    assert calls == [torch.float32, torch.float64]
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    return calls
+
+
+@pytest.mark.parametrize(("fails", "retried", "failed"), [(1, 1, 0), (2, 2, 0), (3, 2, 1)])
+def test_an_eigenproblem_that_fails_is_tried_again_and_given_up_without_an_error(monkeypatch, fails, retried, failed):
+    calls = stubborn(monkeypatch, fails)
+    before = shampoo.failures.copy()
+    root = inverse_root(torch.diag(torch.tensor([1.0, 4.0])), -0.5, 0.0)
+    torch.testing.assert_close(root, torch.diag(torch.tensor([1.0, 0.5])))
+    assert shampoo.failures["retried"] == before["retried"] + retried
+    assert shampoo.failures["failed"] == before["failed"] + failed
+    assert calls == [torch.float32, torch.float64, torch.float64][: fails + 1]
+
+
+@pytest.mark.parametrize("method", [gd.Shampoo, gd.KLShampoo])
+@pytest.mark.parametrize("engine", ["loop", "foreach"])
+def test_a_root_that_cannot_be_taken_stays_the_last_good_one(monkeypatch, method, engine):
+    p, q = (torch.zeros(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = method([p, q], precondition_every=2, engine=engine)
+    for t in range(2):
+        p.grad, q.grad = normal(t, 4, 4), normal(10 + t, 4, 4)
+        optimizer.step()
+    good = [optimizer.state[x]["left_root"].clone() for x in (p, q)]
+    before = shampoo.failures["failed"]
+    stubborn(monkeypatch, 1000)
+    for t in range(2, 5):
+        p.grad, q.grad = normal(t, 4, 4), normal(10 + t, 4, 4)
+        optimizer.step()
+    assert shampoo.failures["failed"] > before and p.isfinite().all()
+    for x, root in zip((p, q), good, strict=True):
+        assert torch.equal(optimizer.state[x]["left_root"], root)
+    q = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)  # one that begins now
+    fresh = method([q], engine=engine)
+    q.grad = normal(0, 4, 4)
+    fresh.step()
+    assert q.isfinite().all() and q.any()
+
+
+def test_soap_begins_with_the_axes_if_it_must(monkeypatch):
+    stubborn(monkeypatch, 1000)
+    p, state = run(gd.SOAP, [normal(t, 4, 4) for t in range(3)])
+    assert p.isfinite().all() and torch.equal(state["left_basis"].abs().flip(-1), torch.eye(4).double())
+
+
+def test_a_nan_that_is_let_through_is_no_error_either():
+    options = {"nonfinite": "propagate", "precondition_every": 1}
+    for method in (gd.Shampoo, gd.KLShampoo, gd.SOAP):
+        run(method, [normal(0, 3, 3), torch.full((3, 3), float("nan"))] * 2, **options)
+
+
+@every_method
+def test_one_group_may_be_one_sided(method):
+    words, other = (torch.zeros(9, 4, requires_grad=True) for _ in range(2))
+    optimizer = method([{"params": [words], "one_sided": True}, {"params": [other], "one_sided": False}])
+    for p in (words, other):
+        p.grad = normal(0, 9, 4).float()
+    optimizer.step()
+    assert optimizer.state[words]["left"].numel() == 0 and optimizer.state[words]["right"].shape == (4, 4)
+    assert optimizer.state[other]["left"].shape == (9, 9)
+    again = run(method, [normal(0, 9, 4)], one_sided="right")[1], run(method, [normal(0, 9, 4)], one_sided="smaller")[1]
+    torch.testing.assert_close(*again)
+
+
+@pytest.mark.parametrize("shape", [(500, 300), (2, 400, 300)])
+def test_a_product_by_halves_is_the_product(shape):
+    X, A = normal(0, *shape), normal(1, *shape[:-2], shape[-2], shape[-2])
+    A, Y = A + A.mT, normal(2, *shape[:-2], shape[-1], shape[-1])
+    Y = Y + Y.mT
+    close(shampoo.learn_left(A.clone(), X, 0.3, 0.7), 0.7 * A + 0.3 * X @ X.mT, 1e-11)
+    close(shampoo.learn_right(Y.clone(), X, 0.3, 0.7), 0.7 * Y + 0.3 * X.mT @ X, 1e-11)
+    number = torch.tensor(0.3, dtype=torch.float64)
+    close(shampoo.learn_left(A.clone(), X, number, 1 - number), 0.7 * A + 0.3 * X @ X.mT, 1e-11)
 
 
 @every_method
