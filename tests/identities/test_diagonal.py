@@ -247,22 +247,35 @@ def test_labels_differ_by_row_step_and_seed():
     assert len(found) > 2
 
 
+@pytest.mark.parametrize("cls", [Sophia, AdaHessian])
+def test_climbing_is_descending_the_negative(cls):
+    def end(sign, **options):
+        x = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+        optimizer = cls([x], lr=0.05, **options)
+        for _ in range(4):
+            optimizer.step(lambda: sign * (x**4 + torch.tensor([1.0, 3.0, 9.0]) * x**2).sum())
+        return x.detach()
+
+    options = {"rho": 100.0, "hessian_update_every": 2} if cls is Sophia else {"hessian_update_every": 2}
+    torch.testing.assert_close(end(-1.0, maximize=True, **options), end(1.0, **options), rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("kfac_first", [False, True])
 def test_gradients_arrive_as_they_would_and_two_may_watch_one_model(kfac_first):
     model, x, y = network(3, 4, 3), normal(0, 3, 3), torch.tensor([0, 1, 1])
     candidates = all_draws(model, x) ** 2 / 3
     cross_entropy(model(x), y).backward()
     plain = [p.grad.clone() for p in model.parameters()]
-    kfac = gd.KFAC(model, lr=0.0, reduction="mean") if kfac_first else None
+    kfac = gd.KFAC(model, lr=0.0) if kfac_first else None  # it compares the loss's gradient with its likelihood's
     both = [
         Sophia(layer.parameters(), lr=0.0, estimator="gnb", model=model, seed=k, **ONCE)
         for k, layer in enumerate((model[0], model[2]))
     ]
     alone = network(3, 4, 3)
-    reference = gd.KFAC(alone, lr=0.0, reduction="mean")
+    reference = gd.KFAC(alone, lr=0.0)
     cross_entropy(alone(x), y).backward()
     reference.step()
-    kfac = kfac or gd.KFAC(model, lr=0.0, reduction="mean")
+    kfac = kfac or gd.KFAC(model, lr=0.0)
     model.zero_grad()
     cross_entropy(model(x), y).backward()
     for p, g in zip(model.parameters(), plain, strict=True):

@@ -176,6 +176,75 @@ def test_kl_soap_learns_the_same_from_its_eigenvalues():
     close(state["left"], left, 1e-6)
 
 
+def test_kl_soap_renews_its_eigenvalues_with_its_basis():
+    _, s = run(gd.SOAP, [normal(t, 4, 3) for t in range(4)], kl=True, precondition_every=1)
+    for side in ("left", "right"):
+        Q = s[f"{side}_basis"]
+        close(s[f"{side}_values"], (Q.T @ s[side] @ Q).diagonal(), 1e-12)
+
+
+def test_shampoo_takes_the_steps_of_its_docstring():
+    gradients = [normal(t, 3, 4) for t in range(3)]
+    L, R, x, m = gradients[0] @ gradients[0].T, gradients[0].T @ gradients[0], torch.zeros(3, 4).double(), 0
+    for t, g in enumerate(gradients, 1):
+        m = 0.9 * m + 0.1 * g
+        L, R = L + 0.2 * (g @ g.T - L), R + 0.2 * (g.T @ g - R)
+        x = x - 0.1 * inverse_root(L, -0.25) @ (m / (1 - 0.9**t)) @ inverse_root(R, -0.25)
+    close(run(gd.Shampoo, gradients, betas=(0.9, 0.8), grafting=None, precondition_every=1)[0], x, 1e-10)
+
+
+def test_what_is_added_is_relative_to_the_mean_eigenvalue():
+    A = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
+    close(inverse_root(A, -0.5, 0.5), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64) ** -0.5), 1e-14)
+
+
+@pytest.mark.parametrize("method", [gd.Shampoo, gd.KLShampoo])
+def test_roots_are_renewed_when_it_is_their_turn(method):
+    power = -0.25 if method is gd.Shampoo else -0.5
+    p, fresh = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True), []
+    optimizer = method([p], precondition_every=3, engine="loop")
+    for t in range(8):
+        p.grad = normal(t, 3, 4)
+        optimizer.step()
+        s = optimizer.state[p]
+        fresh.append(all(
+            torch.allclose(s[f"{side}_root"], inverse_root(s[side], power), rtol=1e-9) for side in ("left", "right")
+        ))  # fmt: skip
+    assert fresh[3] and fresh[6] and not any(fresh[t] for t in (2, 4, 5, 7))
+
+
+def test_psgd_takes_the_steps_of_its_docstring():
+    sizes = (1.0, 3.0, 0.2, 0.5)  # the running size of ‖A‖ + c falls behind the newest, and is passed by it
+    gradients, mu = [c * normal(t, 4, 3) for t, c in enumerate(sizes)], 0.3
+    scale = gradients[0].square().mean().sqrt() ** -0.25
+    L, R, x, m = scale * torch.eye(4).double(), scale * torch.eye(3).double(), torch.zeros(4, 3).double(), 0
+    sizes = [torch.tensor(0.0)] * 2
+    for t, g in enumerate(gradients, 1):
+        m, P = 0.9 * m + 0.1 * g, L.T @ L @ g @ R.T @ R
+        moved = []
+        for k, (Q, A, c) in enumerate(((L, P @ P.T, 3), (R, P.T @ P, 4))):
+            now = shampoo._norm(A).squeeze() + c
+            sizes[k] = torch.maximum(0.9 * sizes[k] + 0.1 * now, now)
+            Y = Q - mu / (2 * sizes[k]) * (A @ Q - c * Q)
+            Y = Y - mu / (2 * sizes[k]) * (Y @ A - c * Y)
+            moved.append((Y + Y.T) / 2)
+        L, R = moved
+        u = L.T @ L @ (m / (1 - 0.9**t)) @ R.T @ R
+        x = x - 0.1 * u * (1.1 / u.square().mean().sqrt()).clamp(max=1)
+    ours, state = run(gd.PSGDKron, gradients, preconditioner_lr=mu)
+    close(state["left"], L, 1e-12)
+    close(state["right"], R, 1e-12)
+    close(ours, x, 1e-12)
+
+
+def test_the_size_that_psgd_divides_by_is_nearly_the_largest_eigenvalue():
+    for seed in range(10):
+        A = normal(seed, 6, 6)
+        A = A @ A.T
+        ratio = shampoo._norm(A).squeeze() / torch.linalg.eigvalsh(A)[-1]
+        assert 0.7 < ratio <= 1 + 1e-12
+
+
 def test_psgd_whitens():
     roots = torch.linspace(0.3, 2, 4).double().diag(), torch.linspace(3, 0.5, 5).double().diag()
     gradients = [roots[0] @ normal(t, 4, 5) @ roots[1] for t in range(800)]
