@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import guided_descent as gd
 from guided_descent.core import ENGINES, Optimizer
-from guided_descent.examples import Muon, PlainSOAP
+from guided_descent.examples import PlainMuon, PlainSOAP
 from guided_descent.problems import GradientDescent
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +61,17 @@ CASES = {
     "AdamW": Case(gd.AdamW, torch.optim.AdamW, {"weight_decay": 0.0}, BAD_BETAS),
     "Adafactor": Case(gd.Adafactor, torch.optim.Adafactor, {}, [{"d": 0.5}, {"beta2_decay": 0.5}]),
     "AdEMAMix": Case(gd.AdEMAMix, None, {}, [{"alpha": -1.0}, {"t_alpha_beta3": 0.0}, {"betas": (0.9, 0.9, 1.0)}]),
-    "Muon": Case(Muon, None, {}, [{"momentum": 1.0}], rest="adam", spreads=False),
+    "PlainMuon": Case(PlainMuon, None, {}, [{"momentum": 1.0}], rest="adam", spreads=False),
+    "Muon": Case(
+        gd.Muon,
+        None,
+        {},
+        [{"momentum": 1.0}, {"scale": "kellr"}, {"preset": "none"}, {"preset": ((9.0, -20.0, 12.0),)}, {"normuon": 1.0}],
+        rest="adam",
+    ),
+    "Muon-normuon": Case(gd.Muon, None, {"normuon": 0.95, "cautious": True, "weight_decay": 0.1}, rest="adam"),
+    "Muon-sphere": Case(gd.Muon, None, {"constraint": "sphere", "preset": "svd"}, rest="adam", spreads=False),
+    "Scion": Case(gd.Scion, None, {}, [{"lr": 1.5}, {"radius": 0.0}, {"norm": "l2"}], rest="adam"),
     "PlainSOAP": Case(
         PlainSOAP,
         None,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import guided_descent as gd
 from guided_descent.core import ALGORITHMS, Optimizer, share
 from guided_descent.engines import CHUNK, Batch, matrixwise
-from guided_descent.examples import Muon, polar
+from guided_descent.examples import PlainMuon as Muon
+from guided_descent.examples import exact_polar as polar
 from guided_descent.examples import PlainSOAP as SOAP
 
 ENGINES = ["loop", "foreach", "compile"]
