@@ -1,6 +1,6 @@
 # Generated from chapters/12_muon_scion.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 3eb1fc23
+# %% head a021e39a
 """Chapter 12, Muon and Scion."""
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 
-# %% 12_muon_scion sec-mu-polar 1 81ed2b8b
+# %% 12_muon_scion sec-mu-polar 1 c0bc15c8
 import functools
 import math
 from typing import Any, Literal, Unpack
@@ -51,6 +51,14 @@ def damped(coefficients: Coefficients, by: float = 1.01) -> Coefficients:
     return tuple((a / by, b / by**3, c / by**5) for a, b, c in coefficients)
 
 
+#: How long a step is for an m×n matrix (m outputs), over the learning rate.
+SCALES = {
+    "keller": lambda m, n: max(1.0, m / n) ** 0.5,
+    "moonlight": lambda m, n: 0.2 * max(m, n) ** 0.5,
+    "scion": lambda m, n: (m / n) ** 0.5,
+    "spectral": lambda m, n: max(m, n) ** 0.5,
+    "none": lambda m, n: 1.0,
+}
 #: Newton–Schulz iterations by name.
 PRESETS: dict[str, Coefficients] = {
     "polar_express": damped(_EXPRESS[:5]),
@@ -137,8 +145,8 @@ def _check_preset(preset: Any) -> None:
         raise ValueError(f"{told}; pass damped(preset), or a name of PRESETS")
 
 
-# %% 12_muon_scion sec-mu-code 1 f50bd768
-@functools.lru_cache
+# %% 12_muon_scion sec-mu-code 1 f6b1ac2f
+@torch.compiler.assume_constant_result
 def _half(kind: str) -> bool:
     """Whether a device has units for products in bfloat16."""
     if kind == "cuda":
@@ -168,7 +176,7 @@ def _begin(G: Tensor, table: Coefficients, dtype: Any) -> tuple[Tensor, Tensor]:
     X = X.to(dtype)
     X = X.mT if X.shape[-2] > X.shape[-1] else X
     short, long = X.shape[-2:]
-    lift = math.prod(a for a, _, _ in table)
+    lift = math.prod([a for a, _, _ in table])
     exact = torch.finfo(dtype).eps / 2 * lift**2 < 0.1
     R = X @ X.mT if exact and 2 * long > 3 * short else X.new_empty(len(X), 0, 0)
     return X.view(*G.shape[:-2], *X.shape[-2:]), R.view(*G.shape[:-2], *R.shape[-2:])
@@ -239,17 +247,7 @@ def polar(
     return orthogonal(G, preset, dtype=dtype)
 
 
-# %% 12_muon_scion sec-mu-rule 1 f916bb6a
-#: How long a step is for an m×n matrix (m outputs), over the learning rate.
-SCALES = {
-    "keller": lambda m, n: max(1.0, m / n) ** 0.5,
-    "moonlight": lambda m, n: 0.2 * max(m, n) ** 0.5,
-    "scion": lambda m, n: (m / n) ** 0.5,
-    "spectral": lambda m, n: max(m, n) ** 0.5,
-    "none": lambda m, n: 1.0,
-}
-
-
+# %% 12_muon_scion sec-mu-rule 1 8e205c69
 class _OnMatrices(Optimizer):
     """What Muon and Scion share: one momentum, and no vectors."""
 
