@@ -1,6 +1,6 @@
 # Generated from chapters/12_muon_scion.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a021e39a
+# %% head b216b522
 """Chapter 12, Muon and Scion."""
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 
-# %% 12_muon_scion sec-mu-polar 1 c0bc15c8
+# %% 12_muon_scion sec-mu-polar 1 94545b64
 import functools
 import math
 from typing import Any, Literal, Unpack
@@ -76,7 +76,14 @@ PRESETS: dict[str, Coefficients] = {
 }
 
 
-# %% 12_muon_scion sec-mu-certificate 1 1ca8e9ab
+def _table(preset: str | Coefficients) -> Coefficients:
+    if isinstance(preset, str):
+        check_choice("preset", preset, PRESETS)
+        return PRESETS[preset]
+    return preset
+
+
+# %% 12_muon_scion sec-mu-certificate 1 63892fb6
 def _image(lo: float, hi: float, a: float, b: float, c: float) -> tuple[float, float]:
     """The interval onto which ``a x + b x³ + c x⁵`` maps an interval."""
     roots = []  # of p', in x²
@@ -106,14 +113,7 @@ def newton_schulz_bounds(
     return lo, hi
 
 
-def _table(preset: str | Coefficients) -> Coefficients:
-    if isinstance(preset, str):
-        check_choice("preset", preset, PRESETS)
-        return PRESETS[preset]
-    return preset
-
-
-# %% 12_muon_scion sec-mu-slack 1 83da66af
+# %% 12_muon_scion sec-mu-slack 1 9b40cb4f
 @functools.lru_cache
 def newton_schulz_slack(preset: str | Coefficients, end: float = 1.5) -> list[float]:
     """Relative error before each step that leaves the result at most ``end``.
@@ -133,6 +133,7 @@ def newton_schulz_slack(preset: str | Coefficients, end: float = 1.5) -> list[fl
     return slack
 
 
+# %% 12_muon_scion sec-mu-slack 2 532fa0fc
 def _check_preset(preset: Any) -> None:
     """Refuse an iteration that one rounding in half precision can blow up."""
     if preset == "svd":

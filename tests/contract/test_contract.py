@@ -41,7 +41,10 @@ class Case:
         if self.rest is None or not isinstance(params, list):
             return params
         groups = [x if isinstance(x, dict) else {"params": [x]} for x in params]
-        return [x if x["params"][0].dim() > 1 else {**x, "algorithm": self.rest} for x in groups]
+        groups = [x if x["params"][0].dim() > 1 else {**x, "algorithm": self.rest} for x in groups]
+        if all("algorithm" in x for x in groups):  # a method for matrices asks for one
+            groups.append({"params": [torch.ones(2, 2, device=DEVICE, requires_grad=True)]})
+        return groups
 
     def peer(self, params, **options):
         return self.theirs(params, **{**self.options, **options})
@@ -67,13 +70,13 @@ CASES = {
         gd.Muon,
         None,
         {},
-        [{"momentum": 1.0}, {"scale": "kellr"}, {"preset": "none"}, {"preset": ((9.0, -20.0, 12.0),)}, {"normuon": 1.0}],
+        [{"momentum": 1.0}, {"weight_decay": -1.0}, {"normuon": 1.0}],
         rest="adam",
         lift=1000.0,
     ),
     "Muon-normuon": Case(gd.Muon, None, {"normuon": 0.95, "cautious": True, "weight_decay": 0.1}, rest="adam", lift=1000.0),
     "Muon-sphere": Case(gd.Muon, None, {"constraint": "sphere", "preset": "svd"}, rest="adam", lift=10.0, spreads=False),
-    "Scion": Case(gd.Scion, None, {}, [{"lr": 1.5}, {"radius": 0.0}, {"norm": "l2"}], rest="adam", lift=1000.0),
+    "Scion": Case(gd.Scion, None, {}, [{"momentum": 1.0}, {"radius": 0.0}], rest="adam", lift=1000.0),
     "PlainSOAP": Case(
         PlainSOAP,
         None,

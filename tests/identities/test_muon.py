@@ -180,6 +180,15 @@ def test_vectors_and_no_matrix():
         gd.Muon([{"params": named[:1], "num_heads": 2}])
 
 
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [(gd.Muon, "scale", "kellr"), (gd.Muon, "preset", "none"), (gd.Muon, "constraint", "ball"), (gd.Scion, "norm", "l2"), (gd.Scion, "lr", 1.5)],
+)
+def test_choices_are_refused_by_name(cls, name, value):
+    with pytest.raises(ValueError, match=f"{name}="):
+        cls([nn.Parameter(normal(3, 3))], **{name: value})
+
+
 def test_scion_is_muon_with_decay():
     gradients = [normal(4, 7) for _ in range(20)]
     ends = []
