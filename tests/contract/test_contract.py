@@ -42,7 +42,7 @@ class Case:
             return params
         groups = [x if isinstance(x, dict) else {"params": [x]} for x in params]
         groups = [x if x["params"][0].dim() > 1 else {**x, "algorithm": self.rest} for x in groups]
-        if all("algorithm" in x for x in groups):  # a method for matrices asks for one
+        if groups and all("algorithm" in x for x in groups):  # a method for matrices asks for one
             groups.append({"params": [torch.ones(2, 2, device=DEVICE, requires_grad=True)]})
         return groups
 
