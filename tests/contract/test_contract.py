@@ -74,8 +74,12 @@ CASES = {
         rest="adam",
         lift=1000.0,
     ),
-    "Muon-normuon": Case(gd.Muon, None, {"normuon": 0.95, "cautious": True, "weight_decay": 0.1}, rest="adam", lift=1000.0),
-    "Muon-sphere": Case(gd.Muon, None, {"constraint": "sphere", "preset": "svd"}, rest="adam", lift=10.0, spreads=False),
+    "Muon-normuon": Case(
+        gd.Muon, None, {"normuon": 0.95, "cautious": True, "weight_decay": 0.1}, rest="adam", lift=1000.0
+    ),
+    "Muon-sphere": Case(
+        gd.Muon, None, {"constraint": "sphere", "preset": "svd"}, rest="adam", lift=10.0, spreads=False
+    ),
     "Scion": Case(gd.Scion, None, {}, [{"momentum": 1.0}, {"radius": 0.0}], rest="adam", lift=1000.0),
     "PlainSOAP": Case(
         PlainSOAP,
@@ -188,7 +192,9 @@ def test_every_engine_shape_and_dtype_follows_the_loop(case, engine, dtype):
     # A kernel rounds to 16 bits once a step, the loop after every operation.
     roundings = 16 if case.cls.fused and dtype.itemsize == 2 else 4
     expected = steps(case.build(reference, lr=0.1, engine="loop"), reference, range(3))
-    close(moved, expected, torch.finfo(dtype).eps * roundings * (case.lift if dtype.itemsize > 2 else min(case.lift, 4)))
+    close(
+        moved, expected, torch.finfo(dtype).eps * roundings * (case.lift if dtype.itemsize > 2 else min(case.lift, 4))
+    )
     assert all(p.dtype == dtype for p in params)
     assert not same([p for p in moved if p.numel()], [p.detach() for p in tensors(dtype) if p.numel()])
 
@@ -660,9 +666,7 @@ def test_fused_is_refused_where_it_is_not_valid(case):
     params = [torch.ones(2, dtype=torch.complex128, requires_grad=True)]
     optimizer = case.build(params, lr=0.1, engine="fused")
     params[0].grad = torch.ones_like(params[0])
-    with pytest.raises(
-        ValueError, match="engine='fused' is not valid for .*; use engine='auto'|complex.*view_as_real"
-    ):
+    with pytest.raises(ValueError, match="engine='fused' is not valid for .*; use engine='auto'|complex.*view_as_real"):
         optimizer.step()
     assert same([p.detach() for p in params], [torch.ones(2, dtype=torch.complex128)]) and not optimizer.state
 

@@ -21,8 +21,18 @@ def spectra(n=16):
     one, ramp = torch.ones(n), torch.linspace(1, 0, n + 1)[:-1]
     first = (torch.arange(n) == 0).double()
     return [
-        one, first, first + 1e-3, first + 1e-6, first + 0.1 * one, ramp, ramp**4, torch.logspace(0, -8, n),
-        torch.logspace(0, -3, n), (torch.arange(n) < 2).double(), (torch.arange(n) < n // 2).double(), one - 0.5 * first,
+        one,
+        first,
+        first + 1e-3,
+        first + 1e-6,
+        first + 0.1 * one,
+        ramp,
+        ramp**4,
+        torch.logspace(0, -8, n),
+        torch.logspace(0, -3, n),
+        (torch.arange(n) < 2).double(),
+        (torch.arange(n) < n // 2).double(),
+        one - 0.5 * first,
     ]
 
 
@@ -182,7 +192,13 @@ def test_vectors_and_no_matrix():
 
 @pytest.mark.parametrize(
     ("cls", "name", "value"),
-    [(gd.Muon, "scale", "kellr"), (gd.Muon, "preset", "none"), (gd.Muon, "constraint", "ball"), (gd.Scion, "norm", "l2"), (gd.Scion, "lr", 1.5)],
+    [
+        (gd.Muon, "scale", "kellr"),
+        (gd.Muon, "preset", "none"),
+        (gd.Muon, "constraint", "ball"),
+        (gd.Scion, "norm", "l2"),
+        (gd.Scion, "lr", 1.5),
+    ],
 )
 def test_choices_are_refused_by_name(cls, name, value):
     with pytest.raises(ValueError, match=f"{name}="):
@@ -257,7 +273,9 @@ def test_nothing_to_route():
 
 
 def test_convolutions():
-    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4, 2)
+    )
     got = routes(gd.param_groups(net, torch.zeros(1, 3, 12, 12)))
     kinds = [got[f"{k}.weight"][1] for k in (0, 1, 2, 4)]
     assert kinds == ["patch embedding", "grouped or depthwise convolution", "convolution, flattened", "output layer"]

@@ -65,8 +65,13 @@ def test_normuon():
     compare(
         lambda p: gd.Muon(p, normuon=0.95, **KELLER, **options),
         lambda p: pytorch_optimizer.NorMuon(
-            [{"params": p, "use_muon": True}], beta2=0.95, eps=0.0, update_scale="preserve_norm",
-            use_adjusted_lr=False, foreach=False, **options,
+            [{"params": p, "use_muon": True}],
+            beta2=0.95,
+            eps=0.0,
+            update_scale="preserve_norm",
+            use_adjusted_lr=False,
+            foreach=False,
+            **options,
         ),
         SHAPES,
         1e-12,
@@ -79,8 +84,14 @@ def test_scion(constrained):
     compare(
         lambda p: gd.Scion(p, lr=0.01, momentum=0.9, radius=5.0, constrained=constrained, **KELLER),
         lambda p: pytorch_optimizer.SCION(
-            p, lr=0.01, momentum=0.1, scale=5.0, constraint=constrained, foreach=False,
-            norm_type=pytorch_optimizer.optimizer.scion.LMONorm.SPECTRAL, **options,
+            p,
+            lr=0.01,
+            momentum=0.1,
+            scale=5.0,
+            constraint=constrained,
+            foreach=False,
+            norm_type=pytorch_optimizer.optimizer.scion.LMONorm.SPECTRAL,
+            **options,
         ),
         SHAPES,
         1e-12,
