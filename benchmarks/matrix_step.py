@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import torch
 
 from guided_descent.core import Optimizer
-from guided_descent.examples import Muon
+from guided_descent.examples import PlainMuon as Muon
 from guided_descent.examples import PlainSOAP as SOAP
 
 SETS = {"64 of 64×64": (64, 64), "16 of 256×256": (16, 256), "4 of 1024×1024": (4, 1024)}

@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 815fee8f
+# %% head 948aef58
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -45,6 +45,12 @@ from guided_descent.kfac import (
 from guided_descent import layers as layers
 from guided_descent import layerwise as layerwise
 from guided_descent import likelihoods as likelihoods
+from guided_descent.muon import (
+    Muon,
+    Scion,
+    newton_schulz_bounds,
+    polar,
+)
 from guided_descent.newton import (
     BFGS,
     LBFGS,
@@ -58,6 +64,7 @@ from guided_descent.noise import (
     per_example_gradients,
 )
 from guided_descent.problems import GradientDescent
+from guided_descent.routing import param_groups
 from guided_descent.sgd import SGD
 from guided_descent.shampoo import (
     SOAP,
@@ -90,6 +97,7 @@ __all__ = [
     "Hessian",
     "Jacobian",
     "KLShampoo",
+    "Muon",
     "NAdam",
     "NaturalGradient",
     "Newton",
@@ -98,6 +106,7 @@ __all__ = [
     "Options",
     "PSGDKron",
     "RMSprop",
+    "Scion",
     "Shampoo",
     "Sophia",
     "__version__",
@@ -106,8 +115,11 @@ __all__ = [
     "hutchinson_trace",
     "hutchpp_trace",
     "lanczos",
+    "newton_schulz_bounds",
     "noise_scale",
     "noise_scale_from_batches",
+    "param_groups",
     "per_example_gradients",
+    "polar",
     "spectral_density",
 ]

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4afce676
+# %% head 84aba52e
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -442,7 +442,7 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped = before + (~finite).long()
         return finite
 
-    # %% 23_machinery sec-base-class 7 43c1e786
+    # %% 23_machinery sec-base-class 7 42cbdb06
     def _advance(
         self, group: Group, engine: str, grads: Grads, finite: Tensor | None
     ) -> None:
@@ -476,7 +476,7 @@ class Optimizer(torch.optim.Optimizer):
                 chosen = work.each(lambda xs, turn=turn: [xs[i] for i in turn])
                 ENGINES["foreach" if engine == "foreach" else "loop"](again, chosen)
             for x, copy in copies:
-                x.copy_(_placed(copy, x, x.dtype) if view else copy.view(x.shape))
+                x.copy_(_placed(copy, x, x.dtype) if view else _folded(copy, x, group))
             for s in state:
                 s.update(now)
 
@@ -507,7 +507,7 @@ class Optimizer(torch.optim.Optimizer):
         """The state of a parameter: what ``init_state`` gives for each of its matrices."""
         made: dict[str, Tensor] = {}
         for k, cut in enumerate(_cuts(p, vars(h)) if self.matrices else [...]):
-            part = (p, g) if cut is ... else (_flat(p)[cut], _flat(g)[cut])
+            part = [x if cut is ... else _flat(x, vars(h))[cut] for x in (p, g)]
             for name, value in self.init_state(*part, h).items():
                 precise = self._is_precise(name)
                 dtype = _state_dtype(value, p, h.state_dtype, precise)
@@ -519,8 +519,8 @@ class Optimizer(torch.optim.Optimizer):
                     made[_key(name, k)] = value.detach().to(dtype, copy=True)
                 else:  # of the shape of p: each matrix has its part of it
                     whole = made.setdefault(name, torch.zeros_like(p, dtype=dtype))
-                    (flat := _flat(whole))[cut] = value
-                    whole.copy_(flat.view(p.shape))
+                    (flat := _flat(whole, vars(h)))[cut] = value
+                    whole.copy_(_folded(flat, p, vars(h)))
         return made
 
 
@@ -762,7 +762,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 9eb5016e
+# %% 23_machinery sec-base-class 9 4d2a0c42
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -771,15 +771,18 @@ ALGORITHMS = {
     "adamw": "adaptive.AdamW",
     "ademamix": "adaptive.AdEMAMix",
     "klshampoo": "shampoo.KLShampoo",
+    "muon": "muon.Muon",
     "nadam": "adaptive.NAdam",
     "psgdkron": "shampoo.PSGDKron",
     "rmsprop": "adaptive.RMSprop",
+    "scion": "muon.Scion",
     "sgd": "sgd.SGD",
     "shampoo": "shampoo.Shampoo",
     "soap": "shampoo.SOAP",
 }
 #: What any group may hold, beside hyperparameters.
-KEYS = ("params", "param_names", "algorithm", "block_size", "split_sizes", "initial_lr")
+KEYS = ("params", "param_names", "algorithm", "initial_lr", "block_size")
+KEYS += ("split_sizes", "num_heads", "batched", "transposed")
 #: Torch's words for what ``engine`` says here.
 _TORCHS = ("foreach", "fused", "capturable", "differentiable")
 
@@ -889,9 +892,14 @@ def _cuts(p: Tensor, group: Group) -> list[tuple[slice, slice]]:
     """Where the matrices of a parameter lie in it, once it is flattened."""
     if p.numel() == 0:
         return []
-    rows = p.numel() if p.dim() < 2 else len(p)
-    columns = p.numel() // rows
-    parts = group.get("split_sizes") or [rows]
+    rows, columns = _flat(p, group).shape
+    many = len(p) if p.dim() > 2 and group.get("batched") else 1
+    parts = [*(group.get("split_sizes") or [rows // many])] * many
+    if heads := group.get("num_heads"):
+        if any(part % heads for part in parts):
+            told = f"num_heads={heads} does not divide a matrix of {parts[0]} rows"
+            raise ValueError(f"{told}; pass split_sizes, or no num_heads for it")
+        parts = [part // heads for part in parts for _ in range(heads)]
     if sum(parts) != rows:
         told = f"split_sizes={parts!r} adds up to {sum(parts)}"
         told = f"{told} and a parameter has {rows} rows"
@@ -912,9 +920,21 @@ def _slices(sizes: list[int]) -> Iterator[slice]:
     return itertools.starmap(slice, itertools.pairwise(ends))
 
 
-def _flat(x: Tensor) -> Tensor:
-    """Two-dimensional, a vector as a column; it shares memory where it can."""
-    return x.reshape(-1, 1) if x.dim() < 2 else x.flatten(1)
+def _flat(x: Tensor, group: Group) -> Tensor:
+    """Two-dimensional, a vector as a column; it shares memory where it can.
+
+    A batch of matrices becomes one below the other, a transposed one is turned.
+    """
+    if x.dim() < 2:
+        return x.reshape(-1, 1)
+    x = x.mT if group.get("transposed") else x
+    return x.flatten(0, -2) if group.get("batched") else x.flatten(1)
+
+
+def _folded(y: Tensor, x: Tensor, group: Group) -> Tensor:
+    """What ``_flat`` made, in the shape of ``x`` again."""
+    turned = x.dim() > 1 and group.get("transposed")
+    return y.reshape(x.mT.shape).mT if turned else y.reshape(x.shape)
 
 
 def _key(name: str, k: int) -> str:
@@ -931,14 +951,14 @@ def _matrices(method: Optimizer, work: Work, group: Group) -> tuple[list, Work, 
     units, copies = [], []
 
     def flat(x: Tensor) -> Tensor:
-        y = _flat(x)
+        y = _flat(x, group)
         if y.data_ptr() != x.data_ptr():
             copies.append((x, y))
         return y
 
     for i, p in enumerate(work.p):
         alike = {n: flat(x[i]) for n, x in work.s.items() if not method._is_precise(n)}
-        whole, grad = flat(p), _flat(work.g[i])
+        whole, grad = flat(p), _flat(work.g[i], group)
         for k, cut in enumerate(_cuts(p, group)):
             state = {name: x[cut] for name, x in alike.items()}
             keys = ((name, _key(name, k)) for name in method.precise)

@@ -1,16 +1,16 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 587bff36
+# %% head 8aeae32b
 """Chapter 23, The machinery."""
 
 __all__ = [
-    "Muon",
+    "PlainMuon",
     "PlainSOAP",
-    "polar",
+    "exact_polar",
 ]
 
 
-# %% 23_machinery sec-matrixwise 2 b11623cc
+# %% 23_machinery sec-matrixwise 2 3c1e26aa
 from typing import Any, Unpack
 
 import torch
@@ -21,18 +21,18 @@ from guided_descent.engines import matrixwise
 
 
 @matrixwise
-def polar(M: Tensor) -> Tensor:
+def exact_polar(M: Tensor) -> Tensor:
     """``U Vᵀ`` where ``M = U Σ Vᵀ``, over singular values above rounding."""
     U, S, Vh = torch.linalg.svd(M.to(wide(M.dtype)), full_matrices=False)
     rounding = S[..., :1] * torch.finfo(S.dtype).eps * max(M.shape[-2:])
     return (U * (rounding < S).unsqueeze(-2) @ Vh).to(M.dtype)
 
 
-# %% 23_machinery sec-matrixwise 3 ccbdcc10
-class Muon(Optimizer):
+# %% 23_machinery sec-matrixwise 3 139b5778
+class PlainMuon(Optimizer):
     """Muon in short: ``m ← m + (1−μ)(g − m);  x ← x − lr · polar(m)``.
 
-    An example of a rule for matrices; ``chapter 12`` will have the method.
+    An example of a rule for matrices; ``chapter 12`` has the method.
 
     Args:
         params: Matrices, or groups of them; vectors need ``algorithm="adamw"``.
@@ -55,11 +55,11 @@ class Muon(Optimizer):
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)}
 
-    # %% 23_machinery sec-matrixwise 4 c81bec12
+    # %% 23_machinery sec-matrixwise 4 35d764b3
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         m = s.momentum_buffer.lerp_(g, 1 - h.momentum)
-        p.add_(polar(m), alpha=-h.lr)
+        p.add_(exact_polar(m), alpha=-h.lr)
 
 
 # %% 23_machinery sec-turns 2 6843a3a3

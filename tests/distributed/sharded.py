@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import guided_descent as gd
 from guided_descent.core import known
-from guided_descent.examples import Muon
+from guided_descent.examples import PlainMuon as Muon
 from guided_descent.problems import GradientDescent
 
 CASES = {

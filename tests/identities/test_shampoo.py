@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import guided_descent as gd
 from guided_descent import shampoo
-from guided_descent.examples import Muon
+from guided_descent.examples import PlainMuon as Muon
 from guided_descent.shampoo import eigenbasis, inverse_root, next_basis, preconditioned
 
 seeds = st.integers(0, 2**31 - 1)

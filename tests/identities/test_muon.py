@@ -1,0 +1,311 @@
+"""What Muon and Scion promise, and the faults of others that they must not have."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import guided_descent as gd
+from guided_descent.muon import _EXPRESS, PRESETS, SCALES, damped, newton_schulz_bounds, newton_schulz_slack, polar
+
+generator = torch.Generator().manual_seed(0)
+
+
+def normal(*shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def spectra(n=16):
+    """Twelve spectra that are unkind to an iteration."""
+    one, ramp = torch.ones(n), torch.linspace(1, 0, n + 1)[:-1]
+    first = (torch.arange(n) == 0).double()
+    return [
+        one,
+        first,
+        first + 1e-3,
+        first + 1e-6,
+        first + 0.1 * one,
+        ramp,
+        ramp**4,
+        torch.logspace(0, -8, n),
+        torch.logspace(0, -3, n),
+        (torch.arange(n) < 2).double(),
+        (torch.arange(n) < n // 2).double(),
+        one - 0.5 * first,
+    ]
+
+
+def with_spectrum(S, long):
+    n = len(S)
+    U, V = (torch.linalg.qr(normal(k, n))[0] for k in (n, long))
+    return U * S.double() @ V.T
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("long", [16, 40])
+def test_no_spectrum_leaves_the_certificate(preset, dtype, long):
+    room = {torch.bfloat16: 0.03, torch.float32: 0.02, torch.float64: 1e-6}[dtype]
+    top = newton_schulz_bounds(preset)[1]
+    for S in spectra():
+        X = polar(with_spectrum(S, long), preset, dtype=dtype)
+        assert torch.linalg.svdvals(X.double()).max() <= top + room
+
+
+def test_the_certificate_is_exact():
+    x = torch.linspace(0, 1, 1_000_001, dtype=torch.float64)
+    for name, table in PRESETS.items():
+        for lo in (0.0, 0.01, 0.3):
+            y = x[x >= lo]
+            for a, b, c in table:
+                y = a * y + b * y**3 + c * y**5
+            got = newton_schulz_bounds(name, lo)
+            assert got == pytest.approx((float(y.min()), float(y.max())), abs=2e-3), name
+
+
+def test_presets_without_slack_are_refused():
+    p = [nn.Parameter(normal(3, 4))]
+    with pytest.raises(ValueError, match=r"blows up.*damped"):
+        gd.Muon(p, preset=_EXPRESS[:5])
+    gd.Muon(p, preset=damped(_EXPRESS[:5]))
+    assert newton_schulz_slack("polar_express")[0] == pytest.approx(0.0109, abs=1e-3)
+    with pytest.raises(TypeError, match="list"):
+        gd.Muon(p, preset=[(1.5, -0.5, 0.0)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_zero_large_and_small(dtype):
+    G = normal(5, 8)
+    assert not polar(torch.zeros(5, 8, dtype=dtype)).any()
+    for size in (1e4, 1e-4) if dtype == torch.float16 else (1e30, 1e-30):
+        X = polar((size * G).to(dtype))
+        assert X.isfinite().all()
+        torch.testing.assert_close(X.double(), polar(G.to(dtype)).double(), atol=0.05, rtol=0.05)
+
+
+def test_polar_turns_with_its_argument():
+    G, Q, P = normal(6, 9), torch.linalg.qr(normal(6, 6))[0], torch.linalg.qr(normal(9, 9))[0]
+    for preset in (*PRESETS, "svd"):
+        X = polar(G, preset)
+        torch.testing.assert_close(polar(Q @ G @ P, preset), Q @ X @ P, atol=1e-9, rtol=0)
+        torch.testing.assert_close(polar(G.T, preset), X.T, atol=1e-9, rtol=0)
+        torch.testing.assert_close(polar(7 * G, preset), X, atol=1e-9, rtol=0)
+        torch.testing.assert_close(polar(torch.stack([G, -G]), preset), torch.stack([X, -X]), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("engine", ["loop", "foreach"])
+def test_momentum_and_gradient_stay_what_they_are(dtype, nesterov, engine):
+    p = nn.Parameter(normal(4, 6, dtype=dtype))
+    p.grad = g = normal(4, 6, dtype=dtype)
+    kept, optimizer = g.clone(), gd.Muon([p], nesterov=nesterov, engine=engine)
+    optimizer.step()
+    assert torch.equal(p.grad, kept)
+    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], torch.zeros_like(g).lerp(g, 1 - 0.95))
+    assert list(optimizer.state[p]) == ["momentum_buffer"]
+
+
+def test_without_momentum_it_is_shampoo_without_memory():
+    p, q = (nn.Parameter(torch.zeros(5, 5, dtype=torch.float64)) for _ in range(2))
+    p.grad = q.grad = normal(5, 5)
+    gd.Muon([p], lr=0.1, momentum=0.0, preset="svd").step()
+    gd.Shampoo([q], lr=0.1, betas=(0.0, 0.0), eps=0.0, grafting=None, exponent=-0.25).step()
+    torch.testing.assert_close(p, q, atol=1e-8, rtol=0)
+
+
+def stepped(shape, g, **group):
+    p = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    p.grad = g.reshape(shape).clone()
+    options = {name: group.pop(name) for name in ("scale", "engine", "normuon") if name in group}
+    gd.Muon([{"params": [p], **group}], lr=1.0, momentum=0.0, **options).step()
+    return -p.detach()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("engine", ["loop", "foreach"])
+def test_parts_heads_experts_transposes_convolutions(scale, engine):
+    options = {"scale": scale, "engine": engine}
+    same = lambda x, y: torch.testing.assert_close(x, y, atol=1e-10, rtol=0)
+    one = lambda G: polar(G) * SCALES[scale](*G.shape)
+    G = normal(12, 6)
+    same(stepped((12, 6), G, split_sizes=[4, 8], **options), torch.cat([one(x) for x in G.split([4, 8])]))
+    same(stepped((12, 6), G, num_heads=3, **options), torch.cat([one(x) for x in G.split(4)]))
+    both = {"split_sizes": [4, 8], "num_heads": 2}
+    same(stepped((12, 6), G, **both, **options), torch.cat([one(x) for x in G.split([2, 2, 4, 4])]))
+    same(stepped((12, 6), G, transposed=True, **options), one(G.T).T)
+    parts = torch.cat([one(x) for x in G.T.split(2)]).T
+    same(stepped((12, 6), G, transposed=True, split_sizes=(2, 2, 2), **options), parts)
+    E = normal(3, 4, 6)
+    same(stepped((3, 4, 6), E, batched=True, **options), torch.stack([one(x) for x in E]))
+    halves = torch.stack([torch.cat([one(y) for y in x.split(2)]) for x in E])
+    same(stepped((3, 4, 6), E, batched=True, split_sizes=(2, 2), **options), halves)
+    turned = torch.stack([one(x.T).T for x in E])
+    same(stepped((3, 4, 6), E, batched=True, transposed=True, **options), turned)
+    C = normal(4, 3, 2, 2)
+    same(stepped((4, 3, 2, 2), C, **options), one(C.flatten(1)).view_as(C))
+
+
+def test_normuon_of_transposed_experts_keeps_one_number_for_a_row():
+    p = nn.Parameter(normal(3, 4, 6))
+    p.grad = normal(3, 4, 6)
+    optimizer = gd.Muon([{"params": [p], "batched": True, "transposed": True}], normuon=0.9)
+    optimizer.step()
+    shapes = [x.shape for name, x in optimizer.state[p].items() if name.startswith("second")]
+    assert shapes == [(6, 1)] * 3
+
+
+def test_sphere():
+    p = nn.Parameter(normal(4, 6))
+    before = p.detach().clone()
+    p.grad = normal(4, 6)
+    gd.Muon([p], lr=0.1, momentum=0.0, constraint="sphere").step()
+    u, r = polar(p.grad), before.norm()
+    wanted = before - 0.1 * r * u / u.norm()
+    torch.testing.assert_close(p.detach(), wanted * r / wanted.norm(), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="one is zero"):
+        gd.Muon([nn.Parameter(torch.zeros(2, 2))], constraint="sphere")
+    with pytest.raises(ValueError, match="weight_decay=0.1"):
+        gd.Muon([p], constraint="sphere", weight_decay=0.1)
+
+
+def test_cautious_decay_never_undoes_a_step():
+    p = nn.Parameter(normal(4, 6))
+    before, p.grad = p.detach().clone(), normal(4, 6)
+    gd.Muon([p], lr=0.1, momentum=0.0, weight_decay=2.0, cautious=True).step()
+    u = polar(p.grad)
+    wanted = before - 0.1 * u - 0.2 * before * (u * before > 0)
+    torch.testing.assert_close(p.detach(), wanted, atol=1e-12, rtol=0)
+
+
+def test_vectors_and_no_matrix():
+    named = [("w", nn.Parameter(normal(3, 3))), ("b", nn.Parameter(normal(3)))]
+    for cls in (gd.Muon, gd.Scion):
+        with pytest.raises(ValueError, match=r"'b'.*algorithm='adamw'"):
+            cls(named)
+        with pytest.raises(ValueError, match="got no matrix"):
+            cls([{"params": named, "algorithm": "adamw"}])
+    with pytest.raises(ValueError, match="num_heads=2 does not divide"):
+        gd.Muon([{"params": named[:1], "num_heads": 2}])
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [
+        (gd.Muon, "scale", "kellr"),
+        (gd.Muon, "preset", "none"),
+        (gd.Muon, "constraint", "ball"),
+        (gd.Scion, "norm", "l2"),
+        (gd.Scion, "lr", 1.5),
+    ],
+)
+def test_choices_are_refused_by_name(cls, name, value):
+    with pytest.raises(ValueError, match=f"{name}="):
+        cls([nn.Parameter(normal(3, 3))], **{name: value})
+
+
+def test_scion_is_muon_with_decay():
+    gradients = [normal(4, 7) for _ in range(20)]
+    ends = []
+    for cls, options in (
+        (gd.Muon, {"lr": 0.5, "weight_decay": 0.2, "nesterov": False, "scale": "scion"}),
+        (gd.Scion, {"lr": 0.1, "radius": 5.0}),
+    ):
+        p = nn.Parameter(torch.ones(4, 7, dtype=torch.float64))
+        optimizer = cls([p], momentum=0.9, **options)
+        for p.grad in gradients:
+            optimizer.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, atol=1e-12, rtol=0)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.qkv = nn.Linear(8, 24)
+        self.mlp = nn.Linear(24, 8)
+        self.gate = nn.Linear(8, 3)
+        self.norm = nn.LayerNorm(8)
+        self.extra = nn.Parameter(torch.ones(8, 8))
+        self.head = nn.Linear(8, 20, bias=False)
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.norm(self.mlp(self.qkv(self.embed(x)).relu()))
+        return self.head(x * self.gate(x).sum(-1, keepdim=True))
+
+
+def routes(groups):
+    return {route.name: (route.method, route.reason) for route in groups.routes}
+
+
+def test_param_groups():
+    net, x = Net(), torch.zeros(2, 5, dtype=torch.long)
+    net.norm.requires_grad_(False)
+    groups = gd.param_groups(net, x, rest={"lr": 3e-4})
+    got = routes(groups)
+    assert got["head.weight"] == ("adamw", "output layer")  # not the last linear one
+    assert got["unused.weight"] == ("matrix", "linear")
+    assert got["qkv.weight"] == ("matrix", "fused, 3 parts")
+    assert got["gate.weight"] == ("adamw", "router")
+    assert got["extra"] == ("adamw", "unrecognised: Net")
+    assert got["embed.weight"] == ("adamw", "embedding")
+    assert got["norm.weight"] == ("-", "frozen")
+    assert "unrecognised: Net" in repr(groups)
+    assert routes(gd.param_groups(net))["unused.weight"][1].startswith("output layer (the last")
+    assert net.training
+    optimizer = gd.Muon(groups, lr=0.02)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)
+    net(x).sum().backward()
+    optimizer.step()
+    schedule.step()
+    rates = {group.get("algorithm"): group["lr"] for group in optimizer.param_groups}
+    assert rates == {None: 0.01, "adamw": 1.5e-4}
+    net.head.weight = net.embed.weight
+    assert routes(gd.param_groups(net, x))["embed.weight"] == ("adamw", "embedding, tied")
+
+
+def test_nothing_to_route():
+    with pytest.raises(ValueError, match="hidden matrix"):
+        gd.param_groups(nn.Linear(3, 3), torch.zeros(1, 3))
+
+
+def test_convolutions():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    got = routes(gd.param_groups(net, torch.zeros(1, 3, 12, 12)))
+    kinds = [got[f"{k}.weight"][1] for k in (0, 1, 2, 4)]
+    assert kinds == ["patch embedding", "grouped or depthwise convolution", "convolution, flattened", "output layer"]
+
+
+def test_one_optimizer_is_two():
+    nets = [nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x = normal(4, 6).float()
+    one = [gd.Muon(gd.param_groups(nets[0], x, rest={"lr": 0.01}))]
+    weights = [nets[1][0].weight, nets[1][2].weight]
+    rest = [p for p in nets[1].parameters() if all(p is not w for w in weights)]
+    flat, deep = ([p for p in rest if (p.dim() > 1) == keep] for keep in (False, True))
+    two = [gd.Muon(weights), gd.AdamW([{"params": deep}, {"params": flat, "weight_decay": 0.0}], lr=0.01)]
+    for _ in range(5):
+        for net, optimizers in zip(nets, (one, two), strict=True):
+            net.zero_grad()
+            net(x).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q, atol=0, rtol=0)
+
+
+def test_gram_is_the_iteration():
+    for preset, table in PRESETS.items():
+        G = normal(8, 30)
+        X = G / G.norm()
+        for a, b, c in table:
+            A = X @ X.T
+            X = a * X + (b * A + c * A @ A) @ X
+        torch.testing.assert_close(polar(G, preset), X, atol=1e-5, rtol=0)
+    assert math.prod(a for a, _, _ in PRESETS["polar_express"]) == pytest.approx(976, abs=1)
