@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 84aba52e
+# %% head 3ce20913
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -243,7 +243,7 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(_unknown(cls, min(unknown)))
         return super().__new__(cls)
 
-    # %% 23_machinery sec-base-class 2 77ff3c2b
+    # %% 23_machinery sec-base-class 2 34c5b453
     def __init__(
         self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]
     ) -> None:
@@ -274,6 +274,12 @@ class Optimizer(torch.optim.Optimizer):
     @staticmethod
     def refresh(s: Names, h: Names) -> None:
         """Renew state that is expensive to renew, after ``rule``, of matrices in turn."""
+
+
+    def block(self, rows: int, columns: int, group: Group) -> tuple[int, int]:
+        """The largest height and width that a matrix of this shape is cut into."""
+        size = group.get("block_size") or max(rows, columns)
+        return size, size
 
 
     def directions(self, work: Any, finite: Tensor | None) -> Grads:
@@ -328,7 +334,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._advance(group, engine, grads, keep)
         return loss
 
-    # %% 23_machinery sec-base-class 4 f96dc059
+    # %% 23_machinery sec-base-class 4 21fb5d5a
     def _engine(self, group: Group, params: list[Tensor]) -> str:
         """The engine a group runs on, after refusing what it cannot do."""
         method, name, settings = self._method(group), group["engine"], _settings(group)
@@ -366,7 +372,8 @@ class Optimizer(torch.optim.Optimizer):
         elif p.is_complex() and whole:
             why = f"it is complex, and {kind} is for reals: pass torch.view_as_real of it"
         elif partial or sharded and method.matrices:
-            why = f"{apart}, and {kind} needs all of it; use AdamW for it"
+            remedy = "put it into a group with algorithm='adamw'"
+            why = f"{apart}, and {kind} needs all of it; {remedy}"
         elif sharded and whole and engine not in ("auto", "loop"):
             why = f"{apart}, where {kind} has no engine={engine!r}; use engine='auto'"
         if why:
@@ -442,7 +449,7 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped = before + (~finite).long()
         return finite
 
-    # %% 23_machinery sec-base-class 7 42cbdb06
+    # %% 23_machinery sec-base-class 7 e36ef223
     def _advance(
         self, group: Group, engine: str, grads: Grads, finite: Tensor | None
     ) -> None:
@@ -506,7 +513,7 @@ class Optimizer(torch.optim.Optimizer):
     def _initial(self, p: Tensor, g: Tensor, h: Names) -> dict[str, Tensor]:
         """The state of a parameter: what ``init_state`` gives for each of its matrices."""
         made: dict[str, Tensor] = {}
-        for k, cut in enumerate(_cuts(p, vars(h)) if self.matrices else [...]):
+        for k, cut in enumerate(_cuts(self, p, vars(h)) if self.matrices else [...]):
             part = [x if cut is ... else _flat(x, vars(h))[cut] for x in (p, g)]
             for name, value in self.init_state(*part, h).items():
                 precise = self._is_precise(name)
@@ -544,14 +551,14 @@ class Optimizer(torch.optim.Optimizer):
                 for x in self.param_groups
                 if self._method(x) is method and x[method.every] == every
                 for p in x["params"]
-                for k, cut in enumerate(_cuts(p, x))
+                for k, cut in enumerate(_cuts(method, p, x))
             }
             turns = share([*costs.values()], every)
             self._turns[kind] = dict(zip(costs, turns, strict=True))
         turn = now % every if now else None
         return {unit for unit, its in self._turns[kind].items() if its == turn}
 
-    # %% 23_machinery sec-base-class 8 08ef298f
+    # %% 23_machinery sec-base-class 8 d056315c
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, after validating every hyperparameter that it sets or inherits."""
         group = _named({**param_group})
@@ -601,7 +608,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} takes matrices and got {got} of shape "
                     f"{tuple(p.shape)}; put it into a group with algorithm='adamw'"
                 )
-            _cuts(p, group)
+            _cuts(self, p, group)
 
 
     def _check_engine(self, name: Any) -> None:
@@ -762,7 +769,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 4d2a0c42
+# %% 23_machinery sec-base-class 9 6987cd83
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -888,7 +895,7 @@ def _placed(value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(like, dtype=dtype, device=p.device).copy_(value)
 
 
-def _cuts(p: Tensor, group: Group) -> list[tuple[slice, slice]]:
+def _cuts(method: Optimizer, p: Tensor, group: Group) -> list[tuple[slice, slice]]:
     """Where the matrices of a parameter lie in it, once it is flattened."""
     if p.numel() == 0:
         return []
@@ -904,9 +911,9 @@ def _cuts(p: Tensor, group: Group) -> list[tuple[slice, slice]]:
         told = f"split_sizes={parts!r} adds up to {sum(parts)}"
         told = f"{told} and a parameter has {rows} rows"
         raise ValueError(f"{told}; pass sizes that add up to it, in its own group")
-    size = group.get("block_size") or max(rows, columns)
-    tall = [height for part in parts for height in _balanced(part, size)]
-    return list(itertools.product(_slices(tall), _slices(_balanced(columns, size))))
+    height, width = method.block(max(parts), columns, group)
+    tall = [part for whole in parts for part in _balanced(whole, height)]
+    return list(itertools.product(_slices(tall), _slices(_balanced(columns, width))))
 
 
 def _balanced(length: int, size: int) -> list[int]:
@@ -959,7 +966,7 @@ def _matrices(method: Optimizer, work: Work, group: Group) -> tuple[list, Work, 
     for i, p in enumerate(work.p):
         alike = {n: flat(x[i]) for n, x in work.s.items() if not method._is_precise(n)}
         whole, grad = flat(p), _flat(work.g[i], group)
-        for k, cut in enumerate(_cuts(p, group)):
+        for k, cut in enumerate(_cuts(method, p, group)):
             state = {name: x[cut] for name, x in alike.items()}
             keys = ((name, _key(name, k)) for name in method.precise)
             state |= {name: work.s[key][i] for name, key in keys if key in work.s}

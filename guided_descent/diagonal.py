@@ -1,6 +1,6 @@
 # Generated from chapters/09_diagonal_curvature.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head fcba259c
+# %% head 7008bad7
 """Chapter 09, Diagonal curvature."""
 
 __all__ = [
@@ -108,7 +108,7 @@ class DiagonalOptimizer(Optimizer):
             self.capture.entered = self._enter
         self._forget_passes()
 
-    # %% 09_diagonal_curvature sec-dc-machinery 2 6324b3e7
+    # %% 09_diagonal_curvature sec-dc-machinery 2 398f73ab
     @staticmethod
     def learn(x: Tensor, e: Tensor, h: Names) -> None:
         """Move what is remembered, x, by an estimate e."""
@@ -166,7 +166,8 @@ class DiagonalOptimizer(Optimizer):
         if closure is None:
             raise TypeError(
                 f"{type(self).__name__} differentiates the loss twice; use step(closure) "
-                "with a function that returns the loss and does not call backward()"
+                "with a function that returns the loss and does not call backward(), or, "
+                "in a loop that is not yours, Sophia(…, estimator='gnb', model=model)"
             )
         with torch.enable_grad():
             loss = closure()
@@ -243,7 +244,7 @@ class DiagonalOptimizer(Optimizer):
             distributed.all_reduce(x, group=group)
         return count
 
-    # %% 09_diagonal_curvature sec-dc-machinery 3 80cd0493
+    # %% 09_diagonal_curvature sec-dc-machinery 3 0f958bb5
     def _probed(self, loss: Any, params: list[Tensor]) -> list[Tensor | None]:
         """Gradients; and, in a step that is due, estimates into ``found``."""
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -273,6 +274,11 @@ class DiagonalOptimizer(Optimizer):
                     raise RuntimeError(
                         "the closure called backward(), which frees the graph that further "
                         "derivatives need; let it return the loss and not call backward()"
+                    ) from error
+                if "double backward" in str(error):
+                    raise RuntimeError(
+                        f"no second derivative: {error}; call the model itself in the "
+                        "closure, not a compiled one"
                     ) from error
                 if "is not implemented" in str(error):
                     raise RuntimeError(
@@ -318,7 +324,7 @@ class DiagonalOptimizer(Optimizer):
                     found[p] += (z * Hz).detach() / samples
         return found
 
-    # %% 09_diagonal_curvature sec-dc-machinery 4 1fa35359
+    # %% 09_diagonal_curvature sec-dc-machinery 4 f006c61a
     def _draw(self, at: Any, edge: Any, f: Tensor, g: Tensor) -> None:
         """Send gradients of a loss with drawn labels from the output f to the weights.
 
@@ -373,8 +379,8 @@ class DiagonalOptimizer(Optimizer):
         if not self.passes:
             raise RuntimeError(
                 f"{type(self).__name__} saw no backward pass through the model's output; "
-                "call the model itself, as model(x), not compiled, and differentiate a "
-                "loss of its output"
+                "call the model that was passed, as model(x), not a copy and not under a "
+                "checkpoint of the whole, and differentiate a loss of its output"
             )
         samples, zero = self._own[0]["samples"], torch.zeros(())
         sums: dict[Tensor, list[Tensor]] = {}
@@ -466,7 +472,7 @@ class _Arrival(_Root):
         capture.consume(self.at, self.edge, output, g)
 
 
-# %% 09_diagonal_curvature sec-dc-rows 1 717e6ea4
+# %% 09_diagonal_curvature sec-dc-rows 1 2a2aa6dc
 class AdaHessian(DiagonalOptimizer):
     """AdaHessian: Adam with Hessian-vector products in place of squared gradients.
 
@@ -477,7 +483,12 @@ class AdaHessian(DiagonalOptimizer):
         x ← x − lr · m̂ / (v̂^{k/2} + eps)
 
     with Adam's corrections; that of v counts estimates. In the mean e² is the
-    squared norm of a row of H, not its diagonal entry.
+    squared norm of a row of H, not its diagonal entry. Where a row is nearly zero,
+    as under losses made of straight pieces, the step is ``lr/eps`` times the
+    gradient: raise ``eps``, or set ``hessian_power=0.5``.
+
+    The gradient is computed inside ``step``: ``clip_grad_norm_``, ``GradScaler``
+    and compiled models do not go with it; autocast does.
 
     Args:
         params: Parameters or groups of them, as in ``torch.optim``.
@@ -576,7 +587,7 @@ class AdaHessian(DiagonalOptimizer):
         return {"exp_avg": torch.zeros_like(p), "exp_hessian_diag_sq": x, **clocks}
 
 
-# %% 09_diagonal_curvature sec-dc-clip 1 36d0a01c
+# %% 09_diagonal_curvature sec-dc-clip 1 88fcc9e6
 class Sophia(DiagonalOptimizer):
     """Sophia: the momentum over the Hessian's diagonal, clipped entry by entry.
 
@@ -588,6 +599,12 @@ class Sophia(DiagonalOptimizer):
 
     without Adam's corrections. Where ρh is small or negative the step is that
     of Signum.
+
+    With probes the gradient is computed inside ``step``: ``clip_grad_norm_``,
+    ``GradScaler`` and compiled models do not go with them; autocast does. Drawn
+    labels go with all of these. They are drawn from the model's own output, so a
+    temperature or a factor belongs into the model, not between it and the loss;
+    checkpoints inside the model need ``use_reentrant=False``.
 
     Args:
         params: Parameters or groups of them, as in ``torch.optim``.

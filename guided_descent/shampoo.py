@@ -1,6 +1,6 @@
 # Generated from chapters/10_shampoo_soap.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 9f904936
+# %% head 6bc6a7ca
 """Chapter 10, Shampoo and SOAP."""
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "OneSided",
     "PSGDKron",
     "Shampoo",
+    "begun",
     "both_roots",
     "clipped",
     "divide_left",
@@ -119,7 +120,7 @@ def inverse_root(
     return root if last is None else torch.where(failed.unsqueeze(-1), last, root)
 
 
-# %% 10_shampoo_soap sec-sh-limits 1 8bf90830
+# %% 10_shampoo_soap sec-sh-limits 1 a98f7339
 class MatrixOptimizer(Optimizer):
     """What the methods of this chapter share: which sides of a matrix they see.
 
@@ -143,6 +144,22 @@ class MatrixOptimizer(Optimizer):
     ) -> None:
         options.setdefault("nonfinite", "skip")
         super().__init__(params, defaults, **options)
+        groups = [x for x in self.param_groups if "algorithm" not in x]
+        shapes = [p.dim() for x in groups for p in x["params"]]
+        if shapes and max(shapes) < 2:
+            warnings.warn(
+                f"{type(self).__name__} got no matrix, and steps all by Adam; parameters "
+                "that FSDP1 or ZeRO has flattened have lost their shape, use DDP",
+                stacklevel=3,
+            )
+
+    def block(self, rows: int, columns: int, group: dict) -> tuple[int, int]:
+        """A side without a preconditioner is not cut: there is nothing to save."""
+        size = group["block_size"] or max(rows, columns)
+        sides = _sides(rows, columns, group["one_sided"], group["max_dim"])
+        whole = zip((rows, columns), sides, strict=True)
+        height, width = (size if wanted else side for side, wanted in whole)
+        return height, width
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse what is none of the choices, too."""
@@ -152,13 +169,11 @@ class MatrixOptimizer(Optimizer):
             check_choice("one_sided", group["one_sided"], sides)
 
 
-def _sides(p: Tensor, h: Any) -> tuple[bool, bool]:
+def _sides(m: int, n: int, only: OneSided, limit: int) -> tuple[bool, bool]:
     """Which sides get a preconditioner: small enough, and asked for."""
-    m, n = p.shape
-    only = h.one_sided
     if only == "smaller" or only is True:
         only = "left" if m <= n else "right"
-    return only != "right" and m <= h.max_dim, only != "left" and n <= h.max_dim
+    return only != "right" and m <= limit, only != "left" and n <= limit
 
 
 def _moments(p: Tensor) -> dict[str, Tensor]:
@@ -229,7 +244,7 @@ def _add_product(A: Tensor, X: Tensor, Y: Tensor, weight: Any, keep: Any) -> Ten
     return product(X, Y, beta=keep, alpha=weight)
 
 
-# %% 10_shampoo_soap sec-sh-limits 3 9400310d
+# %% 10_shampoo_soap sec-sh-limits 3 4078edd2
 class Shampoo(MatrixOptimizer):
     """Shampoo: the gradient between inverse roots of two running means.
 
@@ -241,7 +256,8 @@ class Shampoo(MatrixOptimizer):
         x ← (1 − lr · weight_decay) x − lr · u
 
     Args:
-        params: Parameters or groups of them, of any shape; vectors by Adam.
+        params: Parameters or groups of them, of any shape; vectors by Adam. A
+            group with ``algorithm="adamw"`` has AdamW's defaults, its ``lr`` too.
         lr: Step size, in [0, ∞). Under Adam's graft three to five times
             Adam's. Default 3e-3.
         betas: β₁ in [0, 1), and β₂ in [0, 1]. β₂ = 1 sums without forgetting,
@@ -260,7 +276,8 @@ class Shampoo(MatrixOptimizer):
         one_sided: ``"left"``, ``"right"`` or ``"smaller"``, for which ``True``
             is short; ``None`` (the default): both sides. A group may say it,
             for an embedding ``{"params": …, "one_sided": True}``.
-        max_dim: A larger side gets the identity. Default 10000.
+        max_dim: A longer side of the whole matrix gets the identity, and is not cut.
+            Default 10000.
         **options: See ``Options``; ``nonfinite`` is ``"skip"`` by default.
 
     Raises:
@@ -330,7 +347,7 @@ class Shampoo(MatrixOptimizer):
         if not _is_vector(s) and h.precondition_every > 1:
             _take_roots(s, h)
 
-    # %% 10_shampoo_soap sec-sh-limits 7 475a5842
+    # %% 10_shampoo_soap sec-sh-limits 7 e60b555a
     @staticmethod
     def clock(h: Any) -> None:
         """L and R begin as the first gradient's, v at zero with Adam's correction."""
@@ -345,7 +362,7 @@ class Shampoo(MatrixOptimizer):
         s, g = _moments(p), g.to(wide(g.dtype))
         if p.shape[1] == 1:
             return s
-        left, right = _sides(p, h)
+        left, right = _sides(*p.shape, h.one_sided, h.max_dim)
         L = g @ g.mT if left else g.new_zeros(0, 0)
         R = g.mT @ g if right else g.new_zeros(0, 0)
         roots = both_roots(L, R, exponent=h.exponent, eps=h.eps)
@@ -371,15 +388,15 @@ class Shampoo(MatrixOptimizer):
             )
 
 
-# %% 10_shampoo_soap sec-sh-limits 5 c6c04392
+# %% 10_shampoo_soap sec-sh-limits 5 5115d2d8
 @matrixwise
 def graft(u: Tensor, like: Tensor) -> Tensor:
-    """u with the length of another matrix; zero stays zero.
+    """u with the length of another matrix, and that matrix where u is zero.
 
     Source: chapter 10, eq-sh-graft.
     """
     length, wanted = (torch.linalg.matrix_norm(X, keepdim=True) for X in (u, like))
-    return u * torch.where(length > 0, wanted / length, 0)
+    return torch.where(length > 0, u * (wanted / length), like)
 
 
 @matrixwise
@@ -404,7 +421,7 @@ def _take_roots(s: Any, h: Any) -> None:
     s.right_root.copy_(R)
 
 
-# %% 10_shampoo_soap sec-sh-soap 1 17bbdd72
+# %% 10_shampoo_soap sec-sh-soap 1 68562a0d
 class SOAP(MatrixOptimizer):
     """SOAP: Adam in the eigenbasis of Shampoo's two matrices.
 
@@ -419,7 +436,8 @@ class SOAP(MatrixOptimizer):
     basis, v follows the order of its columns.
 
     Args:
-        params: Parameters or groups of them, of any shape.
+        params: Parameters or groups of them, of any shape; vectors by Adam. A
+            group with ``algorithm="adamw"`` has AdamW's defaults, its ``lr`` too.
         lr: Step size, in [0, ∞); as for Adam. Default 3e-3.
         betas: β₁, β₂, each in [0, 1). Default (0.95, 0.95).
         eps: Added to the root of v, in [0, ∞). Default 1e-8.
@@ -431,7 +449,8 @@ class SOAP(MatrixOptimizer):
         one_sided: ``"left"``, ``"right"`` or ``"smaller"``, for which ``True``
             is short: only that side is turned. ``None`` (the default): both. A
             group may say it, for an embedding ``{"params": …, "one_sided": True}``.
-        max_dim: A larger side gets the identity. Default 10000.
+        max_dim: A longer side of the whole matrix gets the identity, and is not cut.
+            Default 10000.
         first_step: ``"move"`` (the default): the first step goes along U Vᵀ
             where ``g = U S Vᵀ``, without what is rounding. ``"skip"``: the
             first gradient sets the basis and moves nothing, as in the official
@@ -603,10 +622,10 @@ def next_basis(A: Tensor, Q: Tensor, jitter: float = 1e-9) -> tuple[Tensor, Tens
     return Q * torch.where(signs == 0, 1, signs).unsqueeze(-2), order
 
 
-# %% 10_shampoo_soap sec-sh-soap 7 1f36b44f
+# %% 10_shampoo_soap sec-sh-soap 7 45783ef4
 def _first_factors(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
     """L and R after the first gradient; of a side that is left alone, empty."""
-    left, right = _sides(p, h)
+    left, right = _sides(*p.shape, h.one_sided, h.max_dim)
     (m, n), weight = p.shape, 1 - h.betas[1]
     L = g @ g.mT if left else g.new_zeros(0, 0)
     R = g.mT @ g if right else g.new_zeros(0, 0)
@@ -620,7 +639,7 @@ def _first_factors(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
     return {"left": L, "right": R}
 
 
-# %% 10_shampoo_soap sec-sh-soap 9 02faf5e9
+# %% 10_shampoo_soap sec-sh-soap 9 81d7dcc4
 @matrixwise
 def values_in(A: Tensor, Q: Tensor) -> Tensor:
     """The diagonal of ``Qᵀ A Q``."""
@@ -655,22 +674,25 @@ def divide_left(g: Tensor, G: Tensor, Q: Tensor, values: Tensor) -> Tensor:
 def _inverse_roots(values: Tensor) -> Tensor:
     mean = values.mean(-1, keepdim=True)
     safe = values.clamp(min=0) + 1e-6 * mean
-    return torch.where(mean > 0, safe, torch.inf) ** -0.5
+    return torch.where(mean > 0, safe, 1) ** -0.5  # before the first gradient: I
 
 
-# %% 10_shampoo_soap sec-sh-kl 1 7007dcc0
+# %% 10_shampoo_soap sec-sh-kl 1 16b07b14
 class KLShampoo(MatrixOptimizer):
     """KL-Shampoo: each side learns from gradients whitened on the other.
 
     For m×n matrices, with the inverses of before::
 
         L ← L + (1−β₂)(g R⁻¹ gᵀ / n − L);   R ← R + (1−β₂)(gᵀ L⁻¹ g / m − R)
-        x ← (1 − lr · weight_decay) x − lr · L^{-1/2} m̂ R^{-1/2}
+        x ← (1 − lr · weight_decay) x − lr · clip(L^{-1/2} m̂ R^{-1/2})
 
-    At first L = R = c·I with c the root mean square of the first gradient.
+    At first L = R = c·I with c the root mean square of the first gradient that is
+    not zero. Gradients that grow by orders of magnitude are clipped until L and R
+    have followed, which takes some 1/(1−β₂) steps.
 
     Args:
-        params: Parameters or groups of them, of any shape; vectors by Adam.
+        params: Parameters or groups of them, of any shape; vectors by Adam. A
+            group with ``algorithm="adamw"`` has AdamW's defaults, its ``lr`` too.
         lr: Step size, in [0, ∞); as for Adam. Default 3e-3.
         betas: β₁, β₂, each in [0, 1). Default (0.9, 0.95).
         eps: Added to L and R before the root, relative to their mean
@@ -678,14 +700,18 @@ class KLShampoo(MatrixOptimizer):
         weight_decay: Decoupled, in [0, ∞). Default 0.
         precondition_every: Steps in which each root is taken once, in turns.
             Default 10.
+        clip: Largest root mean square of a step over ``lr``, in (0, ∞).
+            Default 1.1.
         block_size, one_sided, max_dim: As for ``Shampoo``.
         **options: See ``Options``; ``nonfinite`` is ``"skip"`` by default.
 
-    Source: Lin et al. (2025), arXiv 2509.03378. Chapter 10, eq-sh-kl.
+    Source: Lin et al. (2025), arXiv 2509.03378. Chapter 10, eq-sh-kl. State
+    for an m×n matrix: mn + 2m² + 2n² numbers.
     """
 
     every = "precondition_every"
     precise = ("left", "right", "left_root", "right_root")
+    ranges = {**MatrixOptimizer.ranges, "clip": "(0, inf)"}
 
     def __init__(
         self,
@@ -695,6 +721,7 @@ class KLShampoo(MatrixOptimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         precondition_every: int = 10,
+        clip: float = 1.1,
         block_size: int | None = 1024,
         one_sided: OneSided = None,
         max_dim: int = 10000,
@@ -706,13 +733,14 @@ class KLShampoo(MatrixOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "precondition_every": precondition_every,
+            "clip": clip,
             "block_size": block_size,
             "one_sided": one_sided,
             "max_dim": max_dim,
         }
         super().__init__(params, defaults, **options)
 
-    # %% 10_shampoo_soap sec-sh-kl 2 05ce8396
+    # %% 10_shampoo_soap sec-sh-kl 2 becdb439
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         m = s.exp_avg.lerp_(g, 1 - h.betas[0]) * h.c1
@@ -720,13 +748,14 @@ class KLShampoo(MatrixOptimizer):
             v = s.exp_avg_sq.lerp_(g.square(), 1 - h.betas[1])
             u = m / (v.sqrt() / h.c2).add_(1e-8)
         else:
-            u = into_basis(m, s.left_root, s.right_root)
+            _begin(s, g)
+            u = clipped(into_basis(m, s.left_root, s.right_root), limit=h.clip)
             left, right = whitened(g, s.left_root, s.right_root)
             s.left.copy_(learn_left(s.left, left, 1 - h.betas[1], h.betas[1]))
             s.right.copy_(learn_right(s.right, right, 1 - h.betas[1], h.betas[1]))
         p.mul_(h.decay).add_(u, alpha=-h.lr)
 
-    # %% 10_shampoo_soap sec-sh-kl 4 0684e341
+    # %% 10_shampoo_soap sec-sh-kl 4 7cb4b662
     @staticmethod
     def refresh(s: Any, h: Any) -> None:
         if not _is_vector(s):
@@ -746,14 +775,15 @@ class KLShampoo(MatrixOptimizer):
             return s
         del s["exp_avg_sq"]
         size = g.square().mean().sqrt()
-        for side, n, wanted in zip(("left", "right"), p.shape, _sides(p, h), strict=True):
+        sides = _sides(*p.shape, h.one_sided, h.max_dim)
+        for side, n, wanted in zip(("left", "right"), p.shape, sides, strict=True):
             eye = torch.eye(n * wanted, dtype=g.dtype, device=g.device)
             s[side] = size * eye
             s[f"{side}_root"] = torch.where(size > 0, size**-0.5, 0) * eye
         return s
 
 
-# %% 10_shampoo_soap sec-sh-kl 3 17e1ed9f
+# %% 10_shampoo_soap sec-sh-kl 3 f586b489
 @matrixwise
 def whitened(g: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """``g R^{-1/2} / √n`` and ``L^{-1/2} g / √m``, from the inverse roots."""
@@ -763,7 +793,41 @@ def whitened(g: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     return left / n**0.5, right / m**0.5
 
 
-# %% 10_shampoo_soap sec-sh-psgd 1 70ee184f
+@matrixwise
+def begun(A: Tensor, root: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """A and its inverse root, of the size of g where all gradients before were zero."""
+    if not A.numel():
+        return A, root
+    size = g.square().mean((-2, -1), keepdim=True).sqrt()
+    fresh = (_mean_diagonal(A) == 0) & (size > 0)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return torch.where(fresh, size * eye, A), torch.where(fresh, size**-0.5 * eye, root)
+
+
+def _begin(s: Any, g: Tensor) -> None:
+    for pair in ((s.left, s.left_root), (s.right, s.right_root)):
+        for x, new in zip(pair, begun(*pair, g), strict=True):
+            x.copy_(new)
+
+
+@matrixwise
+def clipped(u: Tensor, limit: float) -> Tensor:
+    """u with a root mean square of at most ``limit``."""
+    size = u.square().mean((-2, -1), keepdim=True).sqrt()
+    return u * torch.where(size > limit, limit / size, 1)
+
+
+def _norm(A: Tensor, steps: int = 4) -> Tensor:
+    """The largest eigenvalue of a positive semi-definite matrix, from below."""
+    norms = A.norm(dim=-1)
+    v = A.take_along_dim(norms.argmax(-1)[..., None, None], -2).mT
+    for _ in range(steps):
+        size = torch.linalg.matrix_norm(v, keepdim=True)
+        v = A @ torch.where(size > 0, v / size, 0)
+    return torch.linalg.matrix_norm(v, keepdim=True)
+
+
+# %% 10_shampoo_soap sec-sh-psgd 1 29c7a195
 class PSGDKron(MatrixOptimizer):
     """PSGD with two Kronecker factors, fitted without inverses or roots.
 
@@ -776,7 +840,8 @@ class PSGDKron(MatrixOptimizer):
         x ← (1 − lr · weight_decay) x − lr · clip((Q_LᵀQ_L) m̂ (Q_RᵀQ_R))
 
     Args:
-        params: Parameters or groups of them, of any shape; vectors by Adam.
+        params: Parameters or groups of them, of any shape; vectors by Adam. A
+            group with ``algorithm="adamw"`` has AdamW's defaults, its ``lr`` too.
         lr: Step size, in [0, ∞); as for Adam. Default 3e-3.
         betas: β₁ of the momentum, and β₂ of Adam for vectors, each in [0, 1).
             Default (0.9, 0.95).
@@ -836,7 +901,7 @@ class PSGDKron(MatrixOptimizer):
             u = clipped(preconditioned(m, s.left, s.right), limit=h.clip)
         p.mul_(h.decay).add_(u, alpha=-h.lr)
 
-    # %% 10_shampoo_soap sec-sh-psgd 5 e3925ea2
+    # %% 10_shampoo_soap sec-sh-psgd 5 1d33086f
     @staticmethod
     def clock(h: Any) -> None:
         h.c1, h.c2 = 1 / (1 - h.betas[0] ** h.step), (1 - h.betas[1] ** h.step) ** 0.5
@@ -848,7 +913,7 @@ class PSGDKron(MatrixOptimizer):
         if p.shape[1] == 1:
             return s
         del s["exp_avg_sq"]
-        wanted, size = _sides(p, h), g.square().mean().sqrt()
+        wanted, size = _sides(*p.shape, h.one_sided, h.max_dim), g.square().mean().sqrt()
         power = -0.5 / max(sum(wanted), 1)
         scale = torch.where(size > 0, size, 1) ** power
         for side, n, one in zip(("left", "right"), p.shape, wanted, strict=True):
@@ -871,7 +936,7 @@ def quad_step(
     return (Y + Y.mT) / 2, size
 
 
-# %% 10_shampoo_soap sec-sh-psgd 4 841e52a6
+# %% 10_shampoo_soap sec-sh-psgd 4 0a438159
 @matrixwise
 def preconditioned(X: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
     """``(Q_LᵀQ_L) X (Q_RᵀQ_R)``; an empty factor leaves its side alone."""
@@ -891,20 +956,3 @@ def fitted(
     if Q_R.numel():
         Q_R, right = quad_step(P.mT @ P, Q_R, right, m, mu)
     return Q_L, Q_R, left, right
-
-
-@matrixwise
-def clipped(u: Tensor, limit: float) -> Tensor:
-    """u with a root mean square of at most ``limit``."""
-    size = u.square().mean((-2, -1), keepdim=True).sqrt()
-    return u * torch.where(size > limit, limit / size, 1)
-
-
-def _norm(A: Tensor, steps: int = 4) -> Tensor:
-    """The largest eigenvalue of a positive semi-definite matrix, from below."""
-    norms = A.norm(dim=-1)
-    v = A.take_along_dim(norms.argmax(-1)[..., None, None], -2).mT
-    for _ in range(steps):
-        size = torch.linalg.matrix_norm(v, keepdim=True)
-        v = A @ torch.where(size > 0, v / size, 0)
-    return torch.linalg.matrix_norm(v, keepdim=True)

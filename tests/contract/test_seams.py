@@ -12,8 +12,8 @@ import guided_descent as gd
 from guided_descent.core import ALGORITHMS, Optimizer, share
 from guided_descent.engines import CHUNK, Batch, matrixwise
 from guided_descent.examples import PlainMuon as Muon
-from guided_descent.examples import exact_polar as polar
 from guided_descent.examples import PlainSOAP as SOAP
+from guided_descent.examples import exact_polar as polar
 
 ENGINES = ["loop", "foreach", "compile"]
 every_engine = pytest.mark.parametrize("engine", ENGINES)

@@ -144,7 +144,8 @@ def shards():
         if name in DIAGONAL:
             refused(functools.partial(method, [p], **options), "is sharded over processes; use AdamW for it")
         else:
-            words = f"is sharded over processes (DTensor), and {method.__name__} needs all of it; use AdamW for it"
+            words = f"is sharded over processes (DTensor), and {method.__name__} needs all of it; "
+            words += "put it into a group with algorithm='adamw'"
             refused(method([p], **options).step, words)
             mixed = method([{"params": [p], "algorithm": "adamw"}], **options)
             mixed.step()

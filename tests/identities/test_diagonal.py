@@ -321,7 +321,7 @@ def test_only_due_steps_draw_and_a_pass_without_the_model_is_named():
     optimizer.zero_grad()
     cross_entropy(model[2](model[1](model[0](x))), y).backward()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="saw no backward pass through the model's output; call the model itself"):
+    with pytest.raises(RuntimeError, match="saw no backward pass through the model's output; call the model that was passed"):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
@@ -398,3 +398,11 @@ def test_estimates_are_kept_in_single_precision():
     cross_entropy(model(x), torch.zeros(6, dtype=torch.long)).backward()
     optimizer.step()
     assert all(state["hessian"].dtype == torch.float32 for state in optimizer.state.values())
+
+
+def test_a_compiled_model_has_no_second_derivative_and_the_error_says_what_to_do():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    compiled, x = torch.compile(model, backend="aot_eager"), torch.randn(8, 4)
+    optimizer = gd.AdaHessian(model.parameters())
+    with pytest.raises(RuntimeError, match="call the model itself in the closure, not a compiled one"):
+        optimizer.step(lambda: compiled(x).square().mean())

@@ -127,8 +127,10 @@ def stepped(shape, g, **group):
 @pytest.mark.parametrize("engine", ["loop", "foreach"])
 def test_parts_heads_experts_transposes_convolutions(scale, engine):
     options = {"scale": scale, "engine": engine}
-    same = lambda x, y: torch.testing.assert_close(x, y, atol=1e-10, rtol=0)
-    one = lambda G: polar(G) * SCALES[scale](*G.shape)
+    def same(x, y):
+        return torch.testing.assert_close(x, y, atol=1e-10, rtol=0)
+    def one(G):
+        return polar(G) * SCALES[scale](*G.shape)
     G = normal(12, 6)
     same(stepped((12, 6), G, split_sizes=[4, 8], **options), torch.cat([one(x) for x in G.split([4, 8])]))
     same(stepped((12, 6), G, num_heads=3, **options), torch.cat([one(x) for x in G.split(4)]))

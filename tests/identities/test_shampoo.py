@@ -466,3 +466,64 @@ def test_blocks_are_matrices_of_their_own_and_one_side_may_be_left_alone(method)
     assert state["left"].numel() == 0 and state["right"].shape == (4, 4)
     _, state = run(method, gradients, one_sided="smaller", **options)
     assert state["left"].numel() == 0
+
+
+# ---------------------------------------------------------------- gradients that begin at zero, and sides that are long
+
+
+@pytest.mark.parametrize("engine", ["loop", "foreach"])
+@pytest.mark.parametrize(("method", "options"), [
+    (gd.Shampoo, {}), (gd.SOAP, {}), (gd.SOAP, {"kl": True}), (gd.KLShampoo, {}), (gd.PSGDKron, {}),
+])
+def test_a_matrix_whose_first_gradient_is_zero_moves_with_the_second(method, options, engine):
+    """As in LoRA, behind a head of zeros, and in what torch's distributed checkpoint does before the first step."""
+    p = torch.nn.Parameter(torch.ones(6, 4, dtype=torch.float64))
+    optimizer = method([p], lr=1.0, weight_decay=0.0, engine=engine, **options)
+    generator = torch.Generator().manual_seed(0)
+    for t in range(30):
+        before = p.detach().clone()
+        p.grad = torch.randn(6, 4, generator=generator, dtype=torch.float64) * (t > 0) * 1e-3
+        optimizer.step()
+        size = (p.detach() - before).square().mean().sqrt()
+        small = 0.0 if method is gd.PSGDKron and t < 20 else 0.1  # PSGD finds the scale step by step
+        assert size == 0 if t == 0 else small < size < 3, (t, size)
+
+
+def test_kl_shampoo_begins_with_the_first_gradient_that_is_not_zero():
+    g = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    p = torch.nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
+    optimizer = gd.KLShampoo([p], betas=(0.0, 0.9), precondition_every=100)
+    for grad in (0 * g, g):
+        p.grad = grad
+        optimizer.step()
+    size, state = g.square().mean().sqrt(), optimizer.state[p]
+    torch.testing.assert_close(state["left"], 0.9 * size * torch.eye(6).double() + 0.1 * g @ g.T / size / 4)
+    torch.testing.assert_close(state["right"], 0.9 * size * torch.eye(4).double() + 0.1 * g.T @ g / size / 6)
+
+
+def test_kl_shampoo_bounds_a_step_after_a_jump():
+    p = torch.nn.Parameter(torch.zeros(6, 4))
+    optimizer = gd.KLShampoo([p], lr=1.0)
+    for scale in (1e-6, 1.0, 1e4):
+        before = p.detach().clone()
+        p.grad = scale * torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+        optimizer.step()
+        assert (p.detach() - before).square().mean().sqrt() <= 1.1 + 1e-5
+
+
+@pytest.mark.parametrize("method", [gd.Shampoo, gd.SOAP, gd.KLShampoo, gd.PSGDKron])
+def test_a_side_without_a_preconditioner_is_not_cut(method):
+    """A vocabulary of 300: one matrix for its columns, none for its rows, and nothing at all beyond max_dim."""
+    for options, sizes in ((dict(one_sided=True), {8}), (dict(max_dim=100), {8}), (dict(max_dim=4), set())):
+        p = torch.nn.Parameter(torch.zeros(300, 8))
+        optimizer = method([p], block_size=64, **options)
+        p.grad = torch.randn(300, 8, generator=torch.Generator().manual_seed(3))
+        optimizer.step()
+        square = [x for name, x in optimizer.state[p].items() if name.startswith(("left", "right"))]
+        found = {x.shape[0] for x in square if x.numel() > 1}
+        assert found <= {8} and found == sizes, (options, found)
+
+
+def test_without_a_matrix_there_is_a_warning():
+    with pytest.warns(UserWarning, match="SOAP got no matrix"):
+        gd.SOAP([torch.nn.Parameter(torch.zeros(10))])
