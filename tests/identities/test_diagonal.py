@@ -321,7 +321,7 @@ def test_only_due_steps_draw_and_a_pass_without_the_model_is_named():
     optimizer.zero_grad()
     cross_entropy(model[2](model[1](model[0](x))), y).backward()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="saw no backward pass through the model's output; call the model that was passed"):
+    with pytest.raises(RuntimeError, match="saw no backward pass .* call the model that was passed"):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
