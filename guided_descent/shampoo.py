@@ -1,6 +1,6 @@
 # Generated from chapters/10_shampoo_soap.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 6bc6a7ca
+# %% head 4ba7833e
 """Chapter 10, Shampoo and SOAP."""
 
 __all__ = [
@@ -120,7 +120,7 @@ def inverse_root(
     return root if last is None else torch.where(failed.unsqueeze(-1), last, root)
 
 
-# %% 10_shampoo_soap sec-sh-limits 1 a98f7339
+# %% 10_shampoo_soap sec-sh-limits 1 f3dba46e
 class MatrixOptimizer(Optimizer):
     """What the methods of this chapter share: which sides of a matrix they see.
 
@@ -148,8 +148,9 @@ class MatrixOptimizer(Optimizer):
         shapes = [p.dim() for x in groups for p in x["params"]]
         if shapes and max(shapes) < 2:
             warnings.warn(
-                f"{type(self).__name__} got no matrix, and steps all by Adam; parameters "
-                "that FSDP1 or ZeRO has flattened have lost their shape, use DDP",
+                f"{type(self).__name__} got no matrix, and steps all by Adam; "
+                "parameters that FSDP1 or ZeRO has flattened have lost their shape, "
+                "use DDP",
                 stacklevel=3,
             )
 
