@@ -1,6 +1,6 @@
 # Generated from chapters/12_muon_scion.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head b216b522
+# %% head 05cf4334
 """Chapter 12, Muon and Scion."""
 
 __all__ = [
@@ -146,41 +146,46 @@ def _check_preset(preset: Any) -> None:
         raise ValueError(f"{told}; pass damped(preset), or a name of PRESETS")
 
 
-# %% 12_muon_scion sec-mu-code 1 f6b1ac2f
-@torch.compiler.assume_constant_result
-def _half(kind: str) -> bool:
-    """Whether a device has units for products in bfloat16."""
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind == "cpu":
-        names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return any(getattr(torch.cpu, name, bool)() for name in names)
-    return False
+# %% 12_muon_scion sec-mu-code 1 10672302
+#: Where products in bfloat16 are the fast ones: a CPU needs units for them.
+_HALF = {
+    "cuda": True,
+    "cpu": any(
+        getattr(torch.cpu, name, bool)()
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    ),
+}
+
+
+def _flat(X: Tensor) -> Tensor:
+    """At most one dimension before those of the matrix."""
+    return X.flatten(0, -3) if X.ndim > 3 else X
 
 
 def _affine(A: Tensor, X: Tensor, Y: Tensor, a: float, b: float) -> Tensor:
-    """``a A + b X Y``."""
-    return torch.baddbmm(A, X, Y, beta=a, alpha=b)
+    """``a A + b X Y``; a batch of one would copy what is transposed."""
+    product = torch.addmm if A.ndim == 2 else torch.baddbmm
+    return product(A, X, Y, beta=a, alpha=b)
 
 
 @matrixwise
 def _begin(G: Tensor, table: Coefficients, dtype: Any) -> tuple[Tensor, Tensor]:
     """The matrix over its norm, wide; and its Gram matrix, where that will do."""
-    X = G.to(wide(G.dtype)).reshape(-1, *G.shape[-2:])
-    largest = X.abs().amax((-2, -1), keepdim=True)
-    X = X / torch.where(largest == 0, 1, largest)
-    size = X.square().sum((-2, -1), keepdim=True).sqrt()
-    X = X / torch.where(size == 0, 1, size)
+    X = G.to(wide(G.dtype))
+    norm = functools.partial(torch.linalg.vector_norm, dim=(-2, -1), keepdim=True)
+    for order in (torch.inf, 2):  # the largest entry first: squares may overflow
+        size = norm(X, order)
+        X = X / torch.where(size == 0, 1, size)
     if dtype is None:
-        half = X.dtype == torch.float32 and _half(X.device.type)
+        half = X.dtype == torch.float32 and _HALF.get(X.device.type, False)
         dtype = torch.bfloat16 if half else X.dtype
     X = X.to(dtype)
     X = X.mT if X.shape[-2] > X.shape[-1] else X
     short, long = X.shape[-2:]
     lift = math.prod([a for a, _, _ in table])
     exact = torch.finfo(dtype).eps / 2 * lift**2 < 0.1
-    R = X @ X.mT if exact and 2 * long > 3 * short else X.new_empty(len(X), 0, 0)
-    return X.view(*G.shape[:-2], *X.shape[-2:]), R.view(*G.shape[:-2], *R.shape[-2:])
+    gram = exact and 2 * long > 3 * short
+    return X, X @ X.mT if gram else X.new_empty(*X.shape[:-2], 0, 0)
 
 
 @matrixwise
@@ -189,7 +194,7 @@ def _powers(R: Tensor, table: Coefficients) -> Tensor:
     if not R.numel():
         return R
     shape, Q = R.shape, None
-    R = R.reshape(-1, *shape[-2:])
+    R = _flat(R)
     for k, (a, b, c) in enumerate(table):
         Z = _affine(R, R, R, b, c)
         Z.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -205,12 +210,12 @@ def _end(G: Tensor, X: Tensor, Q: Tensor, table: Coefficients, scale: str) -> Te
     if Q.numel():
         X = Q @ X
     else:
-        X = X.reshape(-1, *X.shape[-2:])
+        X = _flat(X)
         for a, b, c in table:
             A = X @ X.mT
             X = _affine(X, _affine(A, A, A, b, c) if c else b * A, X, a, 1.0)
-    X = X.mT if m > n else X
-    return (X.reshape(G.shape) * SCALES[scale](m, n)).to(G.dtype)
+    X = (X.mT if m > n else X).reshape(G.shape).to(G.dtype)
+    return X if (length := SCALES[scale](m, n)) == 1 else X * length
 
 
 @matrixwise

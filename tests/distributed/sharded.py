@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import guided_descent as gd
 from guided_descent.core import known
-from guided_descent.examples import PlainMuon as Muon
 from guided_descent.problems import GradientDescent
 
 CASES = {
@@ -133,7 +132,7 @@ close(full(state["exp_avg"]), whole.state[next(alone.parameters())]["exp_avg"])
 # what needs whole matrices says so, and so do engines that cannot reduce
 weight = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
 weight.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
-refused(Muon([weight]).step, "a parameter, (4, 3): it is sharded over processes (DTensor), and Muon needs all of it")
+refused(gd.Muon([weight]).step, "a parameter, (4, 3): it is sharded over processes (DTensor), and Muon needs all of it")
 refused(gd.Adafactor([weight], engine="compile").step, "where Adafactor has no engine='compile'")
 bigger = gd.AdamW([weight])
 bigger.step()
