@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 948aef58
+# %% head dda55c9b
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -65,6 +65,7 @@ from guided_descent.noise import (
 )
 from guided_descent.problems import GradientDescent
 from guided_descent.routing import param_groups
+from guided_descent import schedules as schedules
 from guided_descent.sgd import SGD
 from guided_descent.shampoo import (
     SOAP,
