@@ -73,5 +73,4 @@ PEERS = [
     Pair("Lion", gd.Lion, "pytorch_optimizer", theirs("Lion"), copies(1)),
     Pair("Lion", gd.Lion, "lion-pytorch", lion, copies(1)),
     Pair("Signum", gd.Signum, "pytorch_optimizer", theirs("SignSGD"), copies(1)),
-    Pair("SignSGD", gd.SignSGD, "pytorch_optimizer", theirs("SignSGD", momentum=0.0), copies(0)),
 ]

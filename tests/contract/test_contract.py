@@ -86,9 +86,9 @@ CASES = {
     "Signum": Case(gd.Signum, None, {}, [{"momentum": 1.0}, {"weight_decay": -1.0}], spreads=False),
     "Signum-nesterov": Case(gd.Signum, None, {"nesterov": True}, spreads=False),
     "Lion": Case(gd.Lion, None, {}, [*BAD_BETAS, {"weight_decay": -1.0}], spreads=False),
-    "NormalizedSGD": Case(gd.NormalizedSGD, None, {}, [{"momentum": 1.0}, {"scope": "all"}]),
+    "NormalizedSGD": Case(gd.NormalizedSGD, None, {}, [{"momentum": 1.0}, {"weight_decay": -1.0}]),
     "NormalizedSGD-layer": Case(gd.NormalizedSGD, None, {"scope": "layer"}),
-    "NormDescent": Case(NormDescent, None, {}, [{"momentum": 1.0}, {"norm": "conv"}], spreads=False),
+    "NormDescent": Case(NormDescent, None, {}, [{"momentum": 1.0}, {"weight_decay": -1.0}], spreads=False),
     "NormDescent-column": Case(NormDescent, None, {"norm": "column", "nesterov": True}, spreads=False),
     "PlainSOAP": Case(
         PlainSOAP,
