@@ -15,12 +15,12 @@ from guided_descent.core import Optimizer
 from guided_descent.norms import NORMS, Conv, Frobenius, Lines, Max, NormDescent, Nuclear, Spectral
 
 F64 = torch.float64
-ENGINES = ["loop", "foreach", "compile"]
+ENGINES = ["loop", "foreach"]
 svals = torch.linalg.svdvals
 
 
 def normal(*shape, at=0, dtype=F64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(at), dtype=F64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(at), dtype=F64).to(dtype)
 
 
 def polar(G):
@@ -228,7 +228,8 @@ def alike(one, other, tolerance=1e-13):
 def test_nesterovs_signum_is_lion(mu, decay):
     options = {"lr": 0.05, "weight_decay": decay, "engine": "loop"}
     alike(
-        lambda p: gd.Signum(p, momentum=mu, nesterov=True, **options), lambda p: gd.Lion(p, betas=(mu**2, mu), **options)
+        lambda p: gd.Signum(p, momentum=mu, nesterov=True, **options),
+        lambda p: gd.Lion(p, betas=(mu**2, mu), **options),
     )
     alike(lambda p: gd.Signum(p, momentum=mu, **options), lambda p: gd.Lion(p, betas=(mu, mu), **options))
 
@@ -236,7 +237,10 @@ def test_nesterovs_signum_is_lion(mu, decay):
 def test_members_of_the_template():
     options = {"lr": 0.05, "engine": "loop", "weight_decay": 0.2}
     for mu in (0.0, 0.9):
-        template = lambda norm, mu=mu: lambda p: NormDescent(p, norm=norm, momentum=mu, **options)
+
+        def template(norm, mu=mu):
+            return lambda p: NormDescent(p, norm=norm, momentum=mu, **options)
+
         alike(template("max"), lambda p, mu=mu: gd.Signum(p, momentum=mu, **options))
         alike(template("frobenius"), lambda p, mu=mu: gd.NormalizedSGD(p, momentum=mu, scope="layer", **options))
     alike(template("max"), lambda p: gd.Signum(p, momentum=0.9, **options))

@@ -30,7 +30,10 @@ def follow(ours, theirs, steps=60):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_lion_is_pytorch_optimizers_and_lion_pytorchs(betas, engine, weight_decay):
     options = {"lr": 0.03, "betas": betas, "weight_decay": weight_decay}
-    ours = lambda p: gd.Lion(p, engine=engine, **options)
+
+    def ours(p):
+        return gd.Lion(p, engine=engine, **options)
+
     follow(ours, lambda p: pytorch_optimizer.Lion(p, weight_decouple=True, **options))
     follow(ours, lambda p: lion_pytorch.Lion(p, **options))
 
@@ -39,7 +42,10 @@ def test_lion_is_pytorch_optimizers_and_lion_pytorchs(betas, engine, weight_deca
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_signum_is_pytorch_optimizers_sign_sgd(momentum, weight_decay):
     options = {"lr": 0.03, "momentum": momentum, "weight_decay": weight_decay}
-    theirs = lambda p: pytorch_optimizer.SignSGD(p, weight_decouple=True, **options)
+
+    def theirs(p):
+        return pytorch_optimizer.SignSGD(p, weight_decouple=True, **options)
+
     follow(lambda p: gd.Signum(p, engine="loop", **options), theirs)
     if not momentum:
         follow(lambda p: gd.SignSGD(p, lr=0.03, weight_decay=weight_decay, engine="loop"), theirs)
