@@ -1,6 +1,6 @@
 # Generated from chapters/11_descent_under_a_norm.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 980fd603
+# %% head 13189c45
 """Chapter 11, Descent under a norm."""
 
 __all__ = [
@@ -48,7 +48,7 @@ def _unit(X: Tensor, dim: int | tuple[int, int]) -> Tensor:
     return X
 
 
-# %% 11_descent_under_a_norm sec-no-norms 2 18141f65
+# %% 11_descent_under_a_norm sec-no-norms 2 a3d9ff19
 class Norm:
     """A norm of m×n matrices: ``size(W) / s``, with a scale s of the shape.
 
@@ -86,13 +86,14 @@ class Norm:
         Z = self.best(X) if G.numel() else X
         return (Z * -s).reshape(G.shape).to(G.dtype)
 
+    # %% 11_descent_under_a_norm sec-no-norms 3 49c93a31
     def seen(self, X: Tensor) -> tuple[Tensor, float]:
         """The matrix that a tensor is, in single precision at least; its scale."""
         X = (X.reshape(-1, 1) if X.ndim < 2 else X).to(wide(X.dtype))
         return X, self.scale(*X.shape[-2:]) if X.numel() else 1.0
 
 
-# %% 11_descent_under_a_norm sec-no-norms 3 1ea89aef
+# %% 11_descent_under_a_norm sec-no-norms 4 9acb8e22
 class Max(Norm):
     """The largest entry; its dual, the sum of all entries' sizes."""
 
@@ -104,18 +105,6 @@ class Max(Norm):
 
     def best(self, G: Tensor) -> Tensor:
         return G.sign()
-
-
-class Frobenius(Norm):
-    """The length as one long vector; it is its own dual."""
-
-    def size(self, W: Tensor) -> Tensor:
-        return vector_norm(W, dim=(-2, -1))
-
-    dual_size = size
-
-    def best(self, G: Tensor) -> Tensor:
-        return _unit(G, (-2, -1))
 
 
 class Spectral(Norm):
@@ -131,7 +120,19 @@ class Spectral(Norm):
         return exact_polar(G)
 
 
-# %% 11_descent_under_a_norm sec-no-norms 4 ab0953d2
+# %% 11_descent_under_a_norm sec-no-norms 5 ecc5df81
+class Frobenius(Norm):
+    """The length as one long vector; it is its own dual."""
+
+    def size(self, W: Tensor) -> Tensor:
+        return vector_norm(W, dim=(-2, -1))
+
+    dual_size = size
+
+    def best(self, G: Tensor) -> Tensor:
+        return _unit(G, (-2, -1))
+
+
 class Lines(Norm):
     """The longest row (``dim=-1``) or column (``dim=-2``); its dual, their sum."""
 
@@ -174,7 +175,7 @@ class Conv(Spectral):
         return X.flatten(1).to(wide(X.dtype)), self.scale(m, n) / math.prod(sides)
 
 
-# %% 11_descent_under_a_norm sec-no-norms 5 76e7644d
+# %% 11_descent_under_a_norm sec-no-norms 6 1c0cd27d
 #: Norms by name. Scales are those with which a step of norm η changes what a
 #: layer puts out by about η, whatever the width.
 NORMS: dict[str, Norm] = {
@@ -193,6 +194,7 @@ NORMS: dict[str, Norm] = {
 }
 
 
+# %% 11_descent_under_a_norm sec-no-norms 7 5a522521
 def _norm(norm: str | Norm) -> Norm:
     if isinstance(norm, Norm):
         return norm
