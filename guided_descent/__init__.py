@@ -1,6 +1,7 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
 # %% head dda55c9b
+# %% head f95b8c82
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -63,6 +64,14 @@ from guided_descent.noise import (
     noise_scale_from_batches,
     per_example_gradients,
 )
+from guided_descent.norms import (
+    Lion,
+    NormalizedSGD,
+    SignSGD,
+    Signum,
+    dual_norm,
+    lmo,
+)
 from guided_descent.problems import GradientDescent
 from guided_descent.routing import param_groups
 from guided_descent import schedules as schedules
@@ -98,24 +107,30 @@ __all__ = [
     "Hessian",
     "Jacobian",
     "KLShampoo",
+    "Lion",
     "Muon",
     "NAdam",
     "NaturalGradient",
     "Newton",
     "NewtonCG",
+    "NormalizedSGD",
     "Optimizer",
     "Options",
     "PSGDKron",
     "RMSprop",
     "Scion",
     "Shampoo",
+    "SignSGD",
+    "Signum",
     "Sophia",
     "__version__",
     "critical_batch_size",
+    "dual_norm",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "hutchpp_trace",
     "lanczos",
+    "lmo",
     "newton_schulz_bounds",
     "noise_scale",
     "noise_scale_from_batches",

@@ -28,6 +28,9 @@ CASES = {
     "NAdam": (gd.NAdam, {}),
     "AdEMAMix": (gd.AdEMAMix, {}),
     "Adafactor": (gd.Adafactor, {"weight_decay": 0.1}),
+    "Lion": (gd.Lion, {"weight_decay": 0.1}),
+    "NormalizedSGD": (gd.NormalizedSGD, {"momentum": 0.9}),
+    "NormalizedSGD-layer": (gd.NormalizedSGD, {"scope": "layer"}),
 }
 rank, folder = int(dist.init_process_group("gloo") or dist.get_rank()), Path(sys.argv[1])
 mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -82,7 +85,7 @@ for name, (cls, options) in CASES.items():
     build = functools.partial(cls, lr=0.05, **options)
     alone = model(sharded=False)
     expected = train(alone, build(alone.parameters(), engine="loop"), range(5), mine=False)
-    for engine in engines(cls) if cls is not gd.Adafactor else ["auto", "loop"]:
+    for engine in engines(cls) if cls.elementwise else ["auto", "loop"]:
         net = model()
         optimizer = build(net.parameters(), engine=engine)
         close(train(net, optimizer, range(5), mine=True), expected)
