@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 948aef58
+# %% head f013ddb9
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -51,6 +51,7 @@ from guided_descent.muon import (
     newton_schulz_bounds,
     polar,
 )
+from guided_descent import mup as mup
 from guided_descent.newton import (
     BFGS,
     LBFGS,
