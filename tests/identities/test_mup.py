@@ -14,12 +14,17 @@ from torch.nn.functional import cross_entropy
 
 import guided_descent as gd
 from guided_descent import mup
+from guided_descent.muon import SCALES
 from guided_descent.mup import LENGTHS, base_shapes, initial_factor, multiplier, parametrize
 
 
 def net(n, bias=True):
     return nn.Sequential(
-        nn.Linear(64, n, bias), nn.ReLU(), nn.Linear(n, n, bias), nn.LayerNorm(n) if bias else nn.ReLU(), nn.Linear(n, 10, bias)
+        nn.Linear(64, n, bias),
+        nn.ReLU(),
+        nn.Linear(n, n, bias),
+        nn.LayerNorm(n) if bias else nn.ReLU(),
+        nn.Linear(n, 10, bias),
     )
 
 
@@ -41,7 +46,10 @@ class Text(nn.Module):
 
 
 ADDED = {"place": "added"}
-names = lambda groups: {x.name: x for x in groups.parts}
+
+
+def names(groups):
+    return {x.name: x for x in groups.parts}
 
 
 def lrs(groups, lr):
@@ -80,7 +88,10 @@ CLOSED = [  # input 256×64, hidden 256×256, output 10×256, bias of 256, bias 
 @pytest.mark.parametrize(("name", "hyper", "wanted"), CLOSED, ids=lambda x: str(x))
 def test_multipliers_by_closed_form(name, hyper, wanted):
     parts = {"0.weight": 0, "2.weight": 1, "4.weight": 2, "0.bias": 3, "4.bias": 4}
-    build = lambda n: nn.Sequential(nn.Linear(64, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 10))
+
+    def build(n):
+        return nn.Sequential(nn.Linear(64, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 10))
+
     groups = parametrize(build(256), build(64), name, lr=0.5, rest={"lr": 0.5} if name == "muon" else None, **hyper)
     found = lrs(groups, 0.5)
     for part, k in parts.items():
@@ -91,7 +102,10 @@ def test_multipliers_by_closed_form(name, hyper, wanted):
 def test_rotated_lengths_of_soap():
     groups = parametrize(net(256), net(64), gd.SOAP, lr=1.0)
     found = lrs(groups, 1.0)
-    s = lambda o, i: (o / i) ** 0.5 / (o**0.5 + i**0.5)
+
+    def s(o, i):
+        return (o / i) ** 0.5 / (o**0.5 + i**0.5)
+
     for part, (o, i), (o0, i0) in (
         ("0.weight", (256, 64), (64, 64)), ("2.weight", (256, 256), (64, 64)), ("4.weight", (10, 256), (10, 64))
     ):  # fmt: skip
@@ -119,7 +133,9 @@ def test_kfac_damping_and_the_clip():
 
 
 def test_kfac_steps_bias_with_its_weight():
-    build = lambda n: nn.Sequential(nn.Linear(64, n), nn.ReLU(), nn.Linear(n, 10))
+    def build(n):
+        return nn.Sequential(nn.Linear(64, n), nn.ReLU(), nn.Linear(n, 10))
+
     model = build(64)
     groups = parametrize(model, build(16), gd.KFAC)
     tool = gd.KFAC(model, params=groups)
@@ -180,10 +196,11 @@ def updated(cls, o, i, **options):
 SHAPES = [(16, 16), (64, 64), (64, 16), (16, 64), (10, 128)]
 LONG = [
     (gd.Adam, "sign", {}), (gd.AdamW, "sign", {"weight_decay": 0.0}), (gd.NAdam, "sign", {}), (gd.RMSprop, "sign", {}),
-    (gd.Adagrad, "sign", {}), (gd.AdEMAMix, "sign", {}), (gd.SGD, "gradient", {}), (gd.SGD, "gradient", {"momentum": 0.9}),
+    (gd.Adagrad, "sign", {}), (gd.AdEMAMix, "sign", {}), (gd.SGD, "gradient", {}),
+    (gd.SGD, "gradient", {"momentum": 0.9}),
     (gd.GradientDescent, "gradient", {}), (gd.Shampoo, "sign", {}), (gd.Shampoo, "gradient", {"grafting": "sgd"}),
     (gd.Shampoo, "unit", {"grafting": None}),
-    *[(gd.Muon, f"polar, {s}", {"scale": s, "preset": "svd"}) for s in ("keller", "moonlight", "scion", "spectral", "none")],
+    *[(gd.Muon, f"polar, {s}", {"scale": s, "preset": "svd"}) for s in SCALES],
     (gd.Scion, "polar, scion", {"radius": 1.0, "preset": "svd"}),
 ]  # fmt: skip
 
@@ -222,9 +239,12 @@ def test_soap_has_full_rank_once_its_basis_is_full():
 
 def test_kfac_step_is_as_long_as_the_weights_may_change():
     """With its damping in proportion to the curvature: √(o/i) for each matrix, at every width."""
-    build = lambda n: nn.Sequential(
-        nn.Linear(64, n, False), nn.ReLU(), nn.Linear(n, n, False), nn.ReLU(), nn.Linear(n, 10, False)
-    )
+
+    def build(n):
+        return nn.Sequential(
+            nn.Linear(64, n, False), nn.ReLU(), nn.Linear(n, n, False), nn.ReLU(), nn.Linear(n, 10, False)
+        )
+
     found, plain = {}, {}
     for n in (32, 128):
         for scaled, rows in ((True, found), (False, plain)):
@@ -265,7 +285,7 @@ def test_decay_and_eps_by_closed_form():
 
 
 def test_defaults_of_the_optimizer_are_scaled_too():
-    for cls, decay, eps in ((gd.AdamW, 1e-2, 1e-8), (gd.SOAP, 1e-2, 1e-8)):
+    for cls, decay, _eps in ((gd.AdamW, 1e-2, 1e-8), (gd.SOAP, 1e-2, 1e-8)):
         for group in parametrize(net(256), net(64), cls):
             lr = mup._defaults(cls)["lr"]
             assert group["lr"] * group["weight_decay"] == pytest.approx(lr * decay)
@@ -346,7 +366,9 @@ def test_embedding_positions_attention():
 
 
 def test_convolutions():
-    build = lambda n: nn.Sequential(nn.Conv2d(3, n, 3), nn.Conv2d(n, n, 3), nn.ConvTranspose2d(n, 5, 2))
+    def build(n):
+        return nn.Sequential(nn.Conv2d(3, n, 3), nn.Conv2d(n, n, 3), nn.ConvTranspose2d(n, 5, 2))
+
     groups = parametrize(build(32), build(8), "sgd", lr=1.0)
     found = lrs(groups, 1.0)
     assert [found[f"{k}.weight"] for k in range(3)] == [4, 1, 0.25]
@@ -542,7 +564,10 @@ def data(seed):
         yield x, x[:, :10].argmax(1)
 
 
-loss = lambda model, batch: cross_entropy(model(batch[0]), batch[1])
+def loss(model, batch):
+    return cross_entropy(model(batch[0]), batch[1])
+
+
 PROBE = next(data(99))[0]
 
 
