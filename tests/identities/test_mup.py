@@ -74,7 +74,7 @@ CLOSED = [  # input 256×64, hidden 256×256, output 10×256, bias of 256, bias 
     ("shampoo", {"grafting": "sgd"}, (m, 1, 1 / m, 1, 1)),
     ("shampoo", {"grafting": None}, (m**0.5, 1, m**-0.5, 1, 1)),
     ("sgd", {}, (m, 1, 1 / m, m, 1)),
-    ("normalizedsgd", {}, (m**0.5, 1, m**-0.5, m**0.5, 1)),
+    ("normalizedsgd", {"scope": "layer"}, (m**0.5, 1, m**-0.5, m**0.5, 1)),
     ("muon", {"scale": "scion"}, (1, 1, 1, 1, 1)),
     ("muon", {"scale": "keller"}, (1, 1, m**-0.5, 1, 1)),
     ("muon", {"scale": "moonlight"}, (1, m**-0.5, 1 / m, 1, 1)),
@@ -509,6 +509,8 @@ def test_errors_name_what_is_wrong():
     for name in ("klshampoo", gd.PSGDKron, "adafactor"):
         with pytest.raises(ValueError, match="no rule for"):
             parametrize(net(64), net(16), name)
+    with pytest.raises(ValueError, match="over all tensors at once; pass scope='layer'"):
+        parametrize(net(64), net(16), "normalizedsgd", lr=1.0)
     with pytest.raises(ValueError, match="on a sphere"):
         parametrize(net(64), net(16), gd.Muon, constraint="sphere")
     with pytest.raises(ValueError, match="exponent= and no graft"):
