@@ -1,6 +1,6 @@
 # Generated from chapters/14_mup.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4a8a2f97
+# %% head a970b71c
 """Chapter 14, Maximal update parametrization."""
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-# %% 14_mup sec-wp-number 1 4e4d51cc
+# %% 14_mup sec-wp-number 1 aa035e44
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from guided_descent.core import (
     ALGORITHMS,
@@ -48,8 +49,8 @@ from guided_descent.routing import TRANSPOSED, Groups
 Shape = tuple[float, float]
 
 
-# %% 14_mup sec-wp-number 2 29f7bf17
-#: s: how large an update of an o×i matrix is, as a spectral norm over the learning rate.
+# %% 14_mup sec-wp-number 2 6686f2a3
+#: s: the spectral norm of an update of an o×i matrix, over the learning rate.
 LENGTHS: dict[str, Callable[[float, float], float]] = {
     "gradient": lambda o, i: (i / o) ** 0.5,  # SGD
     "unit": lambda o, i: 1.0,  # the gradient over its norm
@@ -79,7 +80,7 @@ def _neat(x: float) -> float:
     return float(f"{x:.12g}")
 
 
-# %% 14_mup sec-wp-number 3 690ba28a
+# %% 14_mup sec-wp-number 3 56ee470f
 #: The kind of an optimizer, by its name in small letters.
 _KINDS = dict.fromkeys(
     ("adam", "adamw", "nadam", "ademamix", "rmsprop", "adagrad")
@@ -87,12 +88,13 @@ _KINDS = dict.fromkeys(
     "sign",
 )
 _KINDS |= dict.fromkeys(("sgd", "gradientdescent"), "gradient")
-_KINDS |= {"normalizedsgd": "unit", "soap": "rotated", "kfac": "curvature", "ekfac": "curvature"}
+_KINDS |= {"normalizedsgd": "unit", "soap": "rotated"}
+_KINDS |= {"kfac": "curvature", "ekfac": "curvature"}
 #: Of Shampoo, by its ``grafting``.
 _GRAFTS = {"adam": "sign", "sgd": "gradient", None: "unit"}
 #: Whose ε is compared with entries of a gradient; whose, with singular values.
 _BY_ENTRY = ("adam", "adamw", "nadam", "ademamix", "rmsprop", "adagrad")
-_BY_SIZE = ("soap", "normalizedsgd")
+_BY_SIZE = ("soap",)
 #: What takes matrices alone: all else goes by AdamW.
 _MATRICES = ("muon", "scion")
 
@@ -116,11 +118,15 @@ def _kind(name: str, hyper: Mapping[str, Any]) -> str:
         return f"polar, {hyper['scale']}"
     if name == "shampoo":
         if hyper["grafting"] is None and hyper["exponent"] is not None:
-            raise ValueError(f"{told} with exponent= and no graft; pass grafting='adam'")
+            told = f"{told} with exponent= and no graft"
+            raise ValueError(f"{told}; pass grafting='adam'")
         return _GRAFTS[hyper["grafting"]]
+    if name == "normalizedsgd" and hyper.get("scope") != "layer":
+        raise ValueError(f"{told} over all tensors at once; pass scope='layer'")
     if name not in _KINDS:
         known = ", ".join(sorted([*_KINDS, *_MATRICES, "shampoo"]))
-        raise ValueError(f"{told}; measure its update as chapter 14 does, or use {known}")
+        remedy = f"measure its update as chapter 14 does, or use {known}"
+        raise ValueError(f"{told}; {remedy}")
     return _KINDS[name]
 
 
@@ -195,8 +201,9 @@ def initial_factor(shape: Shape, base: Shape) -> float:
     return _neat(min(1.0, o / i) ** 0.5 / min(1.0, o0 / i0) ** 0.5)
 
 
-# %% 14_mup sec-wp-parametrize 1 4a9b0b82
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# %% 14_mup sec-wp-parametrize 1 581c80aa
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
+_WRAPPERS += ("_checkpoint_wrapped_module",)
 _FORWARD = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
 _LOOKUP = (nn.Embedding, nn.EmbeddingBag)
 
@@ -238,9 +245,9 @@ def _parts(group: Mapping[str, Any], rows: float) -> float:
     return 1 / group.get("num_heads", 1)
 
 
-# %% 14_mup sec-wp-parametrize 2 86e6e9ca
+# %% 14_mup sec-wp-parametrize 2 9917dc32
 class Parametrized(Groups):
-    """Parameter groups with multipliers; printed, a table of what got which, and why."""
+    """Parameter groups with multipliers; printed, a table of who got which, and why."""
 
     parts: tuple[Part, ...] = ()
 
@@ -297,7 +304,7 @@ def remove_hooks(model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-# %% 14_mup sec-wp-parametrize 3 ed2cd371
+# %% 14_mup sec-wp-parametrize 3 47662070
 class _Rules(NamedTuple):
     """How one optimizer's hyperparameters follow from shapes."""
 
@@ -318,13 +325,14 @@ class _Rules(NamedTuple):
         for word in given if made else ():
             if word not in own or word in OPTIONS:
                 told = f"{made.__name__} has no hyperparameter {word!r} of a group"
-                raise TypeError(f"{told}; pass it to {made.__name__} itself, or leave it")
+                raise TypeError(f"{told}; pass it to {made.__name__} itself")
         hyper = {**defaults, **given}
         if name in ("kfac", "ekfac"):
             if hyper.get("relative_damping"):
                 told = "relative_damping=True does not transfer"
                 raise ValueError(f"{told}: its best lr falls with width; pass False")
-            given = {"kl_clip": math.inf, "damping": hyper.get("damping", 0.03), **given}
+            damping = hyper.get("damping", 0.03)
+            given = {"kl_clip": math.inf, "damping": damping, **given}
             given.pop("relative_damping", None)
         kept = {"lr", "weight_decay", "eps", "scale", "norm", "radius", "grafting"}
         kept = {x: v for x, v in defaults.items() if x in kept}
@@ -367,7 +375,7 @@ class _Rules(NamedTuple):
         return lr, decay, eps
 
 
-# %% 14_mup sec-wp-parametrize 4 79c35998
+# %% 14_mup sec-wp-parametrize 4 3ff93be0
 def _owners(model: nn.Module) -> dict[Tensor, list[nn.Module]]:
     """The modules that hold each parameter."""
     found: dict[Tensor, list[nn.Module]] = {}
@@ -385,7 +393,8 @@ def _shapes_of(base: Any, model: nn.Module) -> dict[str, tuple[int, ...]]:
         base = base_shapes(base)
     elif not isinstance(base, Mapping):
         told = f"base is a {type(base).__name__}"
-        raise TypeError(f"{told}; pass the model at the base width, or its base_shapes()")
+        remedy = "pass the model at the base width, or its base_shapes()"
+        raise TypeError(f"{told}; {remedy}")
     base = {_clean(name): tuple(shape) for name, shape in base.items()}
     for here, there, whose in ((own, base, "base"), (base, own, "model")):
         for name in here:
@@ -394,7 +403,7 @@ def _shapes_of(base: Any, model: nn.Module) -> dict[str, tuple[int, ...]]:
                 raise ValueError(f"{told}; build both by one function of the width")
     for name, shape in own.items():
         if len(shape) != len(base[name]):
-            told = f"parameter {name!r} is {shape} in the model, {base[name]} in the base"
+            told = f"parameter {name!r} is {shape}, and {base[name]} in the base"
             raise ValueError(f"{told}; build both by one function of the width")
     return base
 
@@ -434,7 +443,7 @@ def _groups(
         for x in [params] if isinstance(params, Tensor) else params:
             p = x[1] if isinstance(x, tuple) else x
             if p not in names:
-                told = f"groups= hold a tensor of {tuple(p.shape)} that is not the model's"
+                told = f"groups= hold a tensor of {tuple(p.shape)}, not the model's"
                 raise ValueError(f"{told}; make them from this model")
             made.append((keys, names[p], p))
     return made
@@ -457,7 +466,7 @@ def _tied(p: Tensor, owners: Any) -> list[nn.Module]:
     return heads if any(lookup) else []
 
 
-# %% 14_mup sec-wp-parametrize 5 084501fa
+# %% 14_mup sec-wp-parametrize 5 fafaa3cb
 def _plan(
     group: dict[str, Any],
     name: str,
@@ -487,7 +496,7 @@ def _plan(
     if rules.kind == "curvature" and vector:
         weight = getattr(owners[p][0], "weight", None)
         if weight is None or weight.dim() < 2:
-            told = f"there is no rule for {name!r} under {rules.name!r}: it has no factors"
+            told = f"there is no rule for {name!r} under {rules.name!r}: no factors"
             raise ValueError(f"{told}; put it into a group with algorithm='adamw'")
         place = name.rpartition(".")[0]
         key = f"{place}.weight" if place else "weight"
@@ -536,7 +545,8 @@ def _apply(
     for name, p in model.named_parameters():
         part = known.get(_clean(name))
         for head in _tied(p, owners) if part else ():
-            hooked = any(isinstance(h, _Shrink) for h in head._forward_pre_hooks.values())
+            hooks = head._forward_pre_hooks.values()
+            hooked = any(isinstance(x, _Shrink) for x in hooks)
             if not hooked and part.base[-1] != part.shape[-1]:
                 factor = part.base[-1] / part.shape[-1]
                 head.register_forward_pre_hook(_Shrink(factor), with_kwargs=True)
@@ -807,7 +817,7 @@ def _axes(ax: Any) -> Any:
     return ax or pyplot.subplots()[1]
 
 
-# %% 14_mup sec-wp-transfer 1 4e402d4f
+# %% 14_mup sec-wp-transfer 1 ee008481
 class Transfer(NamedTuple):
     """Losses over learning rates and widths.
 
@@ -906,14 +916,15 @@ def transfer_check(
     _check_widths(widths)
     check_range("steps", steps, "[5, inf) int")
     if len(lrs) < 3 or sorted(lrs) != list(lrs):
-        raise ValueError(f"lrs={list(lrs)} is no rising grid of at least three; pass one")
+        told = f"lrs={list(lrs)} is no rising grid of at least three"
+        raise ValueError(f"{told}; pass one")
     runs = [(width, lr, seed) for width in widths for lr in lrs for seed in seeds]
     losses = []
     with torch.random.fork_rng(devices=[]):
         for width, lr, seed in runs:
             given = {**options, "lr": lr}
             model, tool = _run(build, width, base, optimizer, seed, given)
-            decay = torch.optim.lr_scheduler.LambdaLR(tool, lambda t: schedule(t / steps))
+            decay = LambdaLR(tool, lambda t: schedule(t / steps))
             stream, seen = iter(batches(seed)), []
             for _ in range(steps):
                 seen.append(_ask(tool, model, loss, next(stream)))

@@ -493,7 +493,7 @@ def test_errors_name_what_is_wrong():
         parametrize(net(64), net(16, False))
     with pytest.raises(ValueError, match="model has no parameter '0.bias'"):
         parametrize(net(64, False), net(16))
-    with pytest.raises(ValueError, match="'0.weight' is .*in the base; build both by one function"):
+    with pytest.raises(ValueError, match="'0.weight' is .*and .* in the base; build both by one function"):
         parametrize(nn.Sequential(nn.Conv1d(4, 8, 1)), {"0.weight": (4, 4), "0.bias": (4,)})
     odd = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 128), nn.Linear(128, 10))
     base = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 10))
