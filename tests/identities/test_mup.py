@@ -650,3 +650,19 @@ def test_divergence_is_infinite_and_checked():
         widths = given.pop("widths")
         with pytest.raises(ValueError):
             mup.transfer_check(lambda n: net(n, False), widths, gd.SGD, loss=loss, batches=data, **given)
+
+
+def test_seeds_and_schedule():
+    seen = []
+
+    def schedule(s):
+        seen.append(s)
+        return 1 - s
+
+    given = {"lrs": [1e-3, 1e-2, 1e-1], "loss": loss, "batches": data, "steps": 5, "schedule": schedule}
+    first = mup.transfer_check(lambda n: net(n, False), [16, 32], gd.SGD, seeds=[3, 4], **given)
+    assert seen[:6] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    torch.rand(3)
+    again = mup.transfer_check(lambda n: net(n, False), [16, 32], gd.SGD, seeds=[3, 4], **given)
+    assert torch.equal(first.losses, again.losses)
+    assert (first.losses[..., 0] != first.losses[..., 1]).all()
