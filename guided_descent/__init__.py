@@ -2,6 +2,7 @@
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
 # %% head dda55c9b
 # %% head f95b8c82
+# %% head f013ddb9
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -52,6 +53,7 @@ from guided_descent.muon import (
     newton_schulz_bounds,
     polar,
 )
+from guided_descent import mup as mup
 from guided_descent.newton import (
     BFGS,
     LBFGS,

@@ -51,6 +51,7 @@ MODULES = {
     "layers": "which layers a model has, and how their weights are matrices",
     "layerwise": "the base of methods that precondition layer by layer",
     "likelihoods": "the losses that are negative log-likelihoods, and how to draw from them",
+    "mup": "learning rates that hold at every width, and the two tests of it",
     "modular": "norms of whole networks, by composition",
     "muon": "the polar factor with a certificate; Muon and Scion",
     "newton": "Newton and quasi-Newton methods, line searches, conjugate gradients",
