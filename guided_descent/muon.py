@@ -1,6 +1,6 @@
 # Generated from chapters/12_muon_scion.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 05cf4334
+# %% head d1809527
 """Chapter 12, Muon and Scion."""
 
 __all__ = [
@@ -146,7 +146,7 @@ def _check_preset(preset: Any) -> None:
         raise ValueError(f"{told}; pass damped(preset), or a name of PRESETS")
 
 
-# %% 12_muon_scion sec-mu-code 1 10672302
+# %% 12_muon_scion sec-mu-code 1 ebc7989f
 #: Where products in bfloat16 are the fast ones: a CPU needs units for them.
 _HALF = {
     "cuda": True,
@@ -162,30 +162,45 @@ def _flat(X: Tensor) -> Tensor:
     return X.flatten(0, -3) if X.ndim > 3 else X
 
 
-def _affine(A: Tensor, X: Tensor, Y: Tensor, a: float, b: float) -> Tensor:
-    """``a A + b X Y``; a batch of one would copy what is transposed."""
-    product = torch.addmm if A.ndim == 2 else torch.baddbmm
-    return product(A, X, Y, beta=a, alpha=b)
+def _over(X: Tensor, size: Tensor) -> Tensor:
+    """``X / size`` in place, a size for each matrix."""
+    return X.div_(size if X.ndim == 2 else size[..., None, None])
 
 
 @matrixwise
 def _begin(G: Tensor, table: Coefficients, dtype: Any) -> tuple[Tensor, Tensor]:
-    """The matrix over its norm, wide; and its Gram matrix, where that will do."""
-    X = G.to(wide(G.dtype))
-    norm = functools.partial(torch.linalg.vector_norm, dim=(-2, -1), keepdim=True)
-    for order in (torch.inf, 2):  # the largest entry first: squares may overflow
-        size = norm(X, order)
-        X = X / torch.where(size == 0, 1, size)
+    """A copy of G over its norm, and its smaller Gram matrix, where that will do."""
+    full, dims = wide(G.dtype), (-2, -1)
+    tiny = torch.finfo(full).tiny
     if dtype is None:
-        half = X.dtype == torch.float32 and _HALF.get(X.device.type, False)
-        dtype = torch.bfloat16 if half else X.dtype
-    X = X.to(dtype)
-    X = X.mT if X.shape[-2] > X.shape[-1] else X
-    short, long = X.shape[-2:]
+        half = full == torch.float32 and _HALF.get(G.device.type, False)
+        dtype = torch.bfloat16 if half else full
+    same = {full, dtype} <= {torch.float32, torch.bfloat16}  # in range
+    fresh = {"copy": True, "memory_format": torch.contiguous_format}
+    # Squares may overflow: first over a power of two near the largest entry.
+    peak = torch.maximum(G.amax(dims), -G.amin(dims)).to(full).clamp_min(tiny)
+    X = _over(G.to(dtype if same else full, **fresh), peak.log2().floor().exp2())
+    norm = torch.linalg.vector_norm(X, dim=dims).to(full).clamp_min(tiny)
+    X = _over(X, norm).to(dtype)
+    m, n = X.shape[-2:]
     lift = math.prod([a for a, _, _ in table])
     exact = torch.finfo(dtype).eps / 2 * lift**2 < 0.1
-    gram = exact and 2 * long > 3 * short
-    return X, X @ X.mT if gram else X.new_empty(*X.shape[:-2], 0, 0)
+    gram = exact and 2 * max(m, n) > 3 * min(m, n)
+    return X, _gram(X) if gram else X.new_empty(*X.shape[:-2], 0, 0)
+
+
+def _gram(X: Tensor, out: Tensor | None = None) -> Tensor:
+    """The smaller of ``X Xᵀ`` and ``Xᵀ X``."""
+    tall = X.shape[-2] > X.shape[-1]
+    return torch.matmul(*((X.mT, X) if tall else (X, X.mT)), out=out)
+
+
+def _affine(
+    A: Tensor, X: Tensor, Y: Tensor, a: float, b: float, out: Tensor | None = None
+) -> Tensor:
+    """``a A + b X Y``; a batch of one would copy what is transposed."""
+    product = torch.addmm if A.ndim == 2 else torch.baddbmm
+    return product(A, X, Y, beta=a, alpha=b, out=out)
 
 
 @matrixwise
@@ -205,17 +220,20 @@ def _powers(R: Tensor, table: Coefficients) -> Tensor:
 
 @matrixwise
 def _end(G: Tensor, X: Tensor, Q: Tensor, table: Coefficients, scale: str) -> Tensor:
-    """The result: by Q, or by the iteration on X; times the scale of the shape."""
+    """The result, by Q or by the iteration, in X's place; times the shape's scale."""
     m, n = G.shape[-2:]
+    length, X, Q = SCALES[scale](m, n), _flat(X), _flat(Q) * SCALES[scale](m, n)
     if Q.numel():
-        X = Q @ X
-    else:
-        X = _flat(X)
-        for a, b, c in table:
-            A = X @ X.mT
-            X = _affine(X, _affine(A, A, A, b, c) if c else b * A, X, a, 1.0)
-    X = (X.mT if m > n else X).reshape(G.shape).to(G.dtype)
-    return X if (length := SCALES[scale](m, n)) == 1 else X * length
+        X = X @ Q.mT if m > n else Q @ X
+    else:  # the last polynomial takes the scale; memory anew costs more than products
+        Y, k = torch.empty_like(X), min(m, n)
+        A, B = (X.new_empty(*X.shape[:-2], k, k) for _ in range(2))
+        *table, last = table
+        for a, b, c in (*table, tuple(length * x for x in last)):
+            _gram(X, out=A)
+            _affine(A, A, A, b, c, out=B) if c else torch.mul(A, b, out=B)
+            X, Y = _affine(X, *((X, B) if m > n else (B, X)), a, 1.0, out=Y), X
+    return X.reshape(G.shape).to(G.dtype)
 
 
 @matrixwise
