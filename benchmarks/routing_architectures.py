@@ -1,4 +1,4 @@
-"""Where `param_groups` sends the parameters of fourteen architectures, built small from their configurations.
+"""Where `param_groups` sends the parameters of sixteen architectures, built small from their configurations.
 
     pip install transformers peft        # beside torch; no weights are downloaded
     python benchmarks/routing_architectures.py [NAME …] [--table]
@@ -84,7 +84,7 @@ T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "
 WHISPER = {"vocab_size": 50, "d_model": 32, "num_mel_bins": 16, "max_source_positions": 16, "max_target_positions": 16}
 WHISPER |= {f"{x}_{y}": v for x in ("encoder", "decoder") for y, v in
             (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}
-WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None}
 MEL = {"input_features": torch.zeros(1, 16, 32), **tokens("decoder_input_ids")}
 CLIP = {"text_config": {**BERT, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": {**ENCODER, **VIT}}
 CLIP |= {"projection_dim": 16}
@@ -100,8 +100,10 @@ ARCHITECTURES = {
     "ResNet": (hf("ResNetForImageClassification", IMAGE, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"), [r"convolution"]),
     "T5": (hf("T5ForConditionalGeneration", tokens("input_ids", "decoder_input_ids"), **T5), [r"Attention\.[qkvo]\.", r"\.w[io]\."]),
     "Mixtral": (hf("MixtralForCausalLM", IDS, num_local_experts=4, **LLAMA), [r"[qkvo]_proj", r"experts"]),
+    "GPT-OSS": (hf("GptOssForCausalLM", IDS, num_local_experts=4, head_dim=8, **LLAMA), [r"[qkvo]_proj", r"experts\.\w+_proj$"]),
+    "Llama 4": (hf("Llama4ForCausalLM", IDS, "Llama4TextConfig", num_local_experts=4, head_dim=8, intermediate_size_mlp=64, **LLAMA), [r"[qkvo]_proj", r"experts", r"shared_expert"]),
     "Mamba": (hf("MambaForCausalLM", IDS, vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4), [r"(in|x|dt|out)_proj"]),
-    "Whisper": (hf("WhisperForConditionalGeneration", MEL, **WHISPER), [r"[qkv]_proj", r"out_proj", r"fc[12]", r"conv2"]),
+    "Whisper": (hf("WhisperForConditionalGeneration", MEL, **WHISPER), [r"[qkv]_proj", r"out_proj", r"fc[12]", r"encoder\.conv"]),
     "CLIP": (hf("CLIPModel", {**IDS, **IMAGE}, **CLIP), [r"[qkv]_proj", r"out_proj", r"fc[12]"]),
     "LoRA of GPT-2": (lora, [r"lora_[AB]"]),
     "TransformerEncoder": (lambda: (Encoder(), tokens("x")["x"]), [r"in_proj_weight", r"out_proj", r"linear[12]"]),

@@ -250,7 +250,7 @@ def test_param_groups():
     got = routes(groups)
     assert got["head.weight"] == ("adamw", "output layer")  # not the last linear one
     assert got["unused.weight"] == ("matrix", "linear")
-    assert got["qkv.weight"] == ("matrix", "fused, 3 parts")
+    assert got["qkv.weight"] == ("matrix", "linear, fused, 3 parts")
     assert got["gate.weight"] == ("adamw", "router")
     assert got["extra"] == ("adamw", "unrecognised: Net")
     assert got["embed.weight"] == ("adamw", "embedding")
@@ -281,6 +281,132 @@ def test_convolutions():
     got = routes(gd.param_groups(net, torch.zeros(1, 3, 12, 12)))
     kinds = [got[f"{k}.weight"][1] for k in (0, 1, 2, 4)]
     assert kinds == ["patch embedding", "grouped or depthwise convolution", "convolution, flattened", "output layer"]
+
+
+class Experts(nn.Module):
+    is_transposed = True
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = (nn.Parameter(normal(3, *s)) for s in ((4, 12), (6, 4)))
+        self.gate_up_proj_bias = nn.Parameter(normal(3, 12))
+
+
+class TopRouter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(normal(3, 4))
+
+
+def test_modules_of_every_kind():
+    """What benchmarks/routing_architectures.py met in the wild, in small; without an example nothing is a head."""
+    apart = Experts()
+    apart.is_concatenated = False
+    net = nn.ModuleDict(
+        {
+            "lstm": nn.LSTM(4, 6, proj_size=5),
+            "cell": nn.GRUCell(4, 6),
+            "plain": nn.RNN(4, 6),
+            "back": nn.ConvTranspose2d(4, 6, 3),
+            "conv1d": nn.Conv1d(4, 6, 3),
+            "row": nn.Linear(4, 1),
+            "column": nn.Linear(1, 4),
+            "pixel": nn.Conv2d(1, 6, 1),
+            "cross": nn.MultiheadAttention(8, 2, kdim=4, vdim=6),
+            "qkv": nn.Linear(8, 12),
+            "Wqkv": nn.Linear(4, 12),
+            "gate": nn.Linear(8, 3),
+            "up": nn.ModuleDict({"gate": nn.Linear(3, 8)}),
+            "choice": TopRouter(),
+            "experts": Experts(),
+            "expert_parts": apart,
+            "two": nn.Bilinear(3, 4, 5),
+            "c_attn": type("Conv1D", (TopRouter,), {})(),
+            "last": nn.Linear(4, 4),
+        }
+    )
+    net.c_attn.weight = nn.Parameter(normal(4, 12))
+    groups = gd.param_groups(net)
+    got = routes(groups)
+    assert {name: got[name][0] for name in got if not name.endswith("bias") and "bias" not in name} == {
+        **dict.fromkeys(("lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.weight_hr_l0"), "matrix"),
+        **dict.fromkeys(("cell.weight_ih", "cell.weight_hh", "plain.weight_ih_l0", "plain.weight_hh_l0"), "matrix"),
+        **dict.fromkeys(("conv1d.weight", "qkv.weight", "Wqkv.weight", "up.gate.weight", "c_attn.weight"), "matrix"),
+        **{f"cross.{x}_proj_weight": "matrix" for x in "qkv"},
+        "cross.out_proj.weight": "matrix",
+        **{f"{x}.{y}_proj": "matrix" for x in ("experts", "expert_parts") for y in ("gate_up", "down")},
+        **dict.fromkeys(("back.weight", "row.weight", "column.weight", "pixel.weight", "gate.weight"), "adamw"),
+        **dict.fromkeys(("choice.weight", "two.weight", "last.weight"), "adamw"),
+    }
+    assert all(got[name] == ("adamw", "bias") for name in got if "bias" in name)
+    assert got["back.weight"][1] == "transposed convolution"
+    assert got["choice.weight"][1] == got["gate.weight"][1] == "router"
+    assert got["row.weight"][1] == got["column.weight"][1] == got["pixel.weight"][1] == "one row or column"
+    assert got["qkv.weight"][1] == "linear, fused in unequal parts? then pass split_sizes="
+    assert got["two.weight"][1] == "unrecognised: Bilinear"
+
+    def keys(name):
+        group = next(x for x in groups if any(own == name for own, _ in x["params"]))
+        return {key: value for key, value in group.items() if key != "params"}
+
+    assert keys("lstm.weight_ih_l0") == keys("lstm.weight_hh_l0") == {"split_sizes": (6,) * 4}
+    assert keys("cell.weight_hh") == {"split_sizes": (6,) * 3}
+    assert keys("plain.weight_ih_l0") == keys("lstm.weight_hr_l0") == keys("qkv.weight") == {}
+    assert keys("Wqkv.weight") == {"split_sizes": (4,) * 3}
+    assert keys("c_attn.weight") == {"split_sizes": (4,) * 3, "transposed": True}
+    assert keys("experts.gate_up_proj") == {"split_sizes": (6, 6), "transposed": True, "batched": True}
+    assert keys("experts.down_proj") == {"transposed": True, "batched": True}
+    assert keys("expert_parts.gate_up_proj") == {"transposed": True, "batched": True}
+    assert keys("last.bias") == {"algorithm": "adamw", "weight_decay": 0.0}
+    gd.Muon(groups)  # all of it is legal
+
+
+def test_a_frozen_head_is_a_head():
+    """As under LoRA: the walk stops at what is not trained too, and leaves it frozen."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).requires_grad_(False)
+    net[0].requires_grad_(True)
+    net.register_buffer("count", torch.zeros(1, dtype=torch.long))
+    got = routes(gd.param_groups(net, torch.zeros(1, 4)))
+    assert got["0.weight"] == ("matrix", "linear") and got["2.weight"] == ("-", "frozen")
+    assert [p.requires_grad for p in net.parameters()] == [True, True, False, False]
+    assert net.training
+
+
+def test_outputs_of_every_kind_lead_to_the_head():
+    class Odd(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.body, self.head, self.aside, self.kind = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 4), kind
+            self.eval()
+            self.body.train()
+
+        def forward(self, x, scale=1.0):
+            h = self.body(x).tanh() * scale
+            y = torch.nn.functional.linear(h, self.head.weight.to(torch.bfloat16).to(x.dtype))
+            return self.kind(y, self.aside(h))
+
+    kinds = (
+        lambda y, z: {"logits_a": y, "hidden": z},
+        lambda y, z: (y, [None, 3]),
+        lambda y, z: [{"states": y}],
+        lambda y, z: y.view(-1).sum(),
+    )
+    for kind in kinds:
+        for example in (torch.zeros(2, 4), (torch.zeros(2, 4), 2.0), {"x": torch.zeros(2, 4)}):
+            net = Odd(kind)
+            assert routes(gd.param_groups(net, example))["head.weight"] == ("adamw", "output layer")
+            assert routes(gd.param_groups(net, example))["body.weight"] == ("matrix", "linear")
+            assert (net.training, net.body.training, net.head.training) == (False, True, False)
+    both = Odd(lambda y, z: (y, z))
+    assert [x.reason for x in gd.param_groups(both, torch.zeros(2, 4)).routes].count("output layer") == 2
+
+
+def test_rates_and_rest_reach_their_groups(capsys):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    groups = gd.param_groups(net, torch.zeros(1, 4), lr=0.3, rest={"algorithm": "sgd", "lr": 0.1}, verbose=True)
+    assert "output layer" in capsys.readouterr().out
+    assert [x["lr"] for x in groups] == [0.3, 0.1, 0.1]
+    assert [route.method for route in groups.routes] == ["matrix", "sgd", "sgd", "sgd"]
 
 
 def test_one_optimizer_is_two():
