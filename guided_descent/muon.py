@@ -1,6 +1,6 @@
 # Generated from chapters/12_muon_scion.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head d1809527
+# %% head 9006a613
 """Chapter 12, Muon and Scion."""
 
 __all__ = [
@@ -133,17 +133,22 @@ def newton_schulz_slack(preset: str | Coefficients, end: float = 1.5) -> list[fl
     return slack
 
 
-# %% 12_muon_scion sec-mu-slack 2 532fa0fc
+# %% 12_muon_scion sec-mu-slack 2 1d54fa36
 def _check_preset(preset: Any) -> None:
-    """Refuse an iteration that one rounding in half precision can blow up."""
+    """Refuse an iteration that one rounding blows up, or that may turn around."""
     if preset == "svd":
         return
     if not isinstance(preset, str | tuple):
         told = f"preset={preset!r} is a {type(preset).__name__}"
         raise TypeError(f"{told}; pass a name or a tuple of triples (a, b, c)")
-    if (least := min(newton_schulz_slack(preset))) < 2**-8:
+    if not (table := _table(preset)) or any(len(step) != 3 for step in table):
+        raise ValueError(f"preset={preset!r}; pass a tuple of triples (a, b, c)")
+    if (least := min(newton_schulz_slack(preset))) < 2**-7:
         told = f"preset={preset!r} blows up after a relative error of {least:.1g}"
         raise ValueError(f"{told}; pass damped(preset), or a name of PRESETS")
+    if newton_schulz_bounds(preset)[0] < 0:
+        told = f"preset={preset!r} makes some singular values negative: steps uphill"
+        raise ValueError(f"{told}; pass a name of PRESETS")
 
 
 # %% 12_muon_scion sec-mu-code 1 ebc7989f
@@ -250,22 +255,32 @@ def orthogonal(G: Any, preset: Any, scale: str = "none", dtype: Any = None) -> A
     return _end(G, X, _powers(R, table=table), table=table, scale=scale)
 
 
-# %% 12_muon_scion sec-mu-code 2 8d48c953
+# %% 12_muon_scion sec-mu-code 2 bc181145
 def polar(
     G: Tensor, preset: str | Coefficients = "polar_express", dtype: Any = None
 ) -> Tensor:
     """Nearly ``U Vᵀ`` where ``G = U S Vᵀ``: singular values in the preset's bounds.
 
     Args:
-        G: (…, m, n). It is not changed. Of a zero matrix the result is zero.
+        G: (…, m, n), real. It is not changed. Of a zero matrix the result is zero;
+            of one with an infinite or undefined entry, undefined.
         preset: A name of ``PRESETS``, coefficients with slack, or ``"svd"``.
         dtype: To compute in. ``None``: bfloat16 for single precision and below
             where the device has units for it; else single, or double as given.
+
+    Raises:
+        ValueError: G is no matrix; a preset without slack, or one that ascends.
+        TypeError: G is not of a real floating-point type.
 
     Source: Jordan et al. (2024); Amsel et al. (2025), arXiv 2505.16932. Chapter
     12, eq-mu-polar.
     """
     _check_preset(preset)
+    if G.ndim < 2:
+        told = f"G has shape {tuple(G.shape)}"
+        raise ValueError(f"{told}; pass a matrix, such as G[None], or a batch of them")
+    if not G.is_floating_point():
+        raise TypeError(f"G is of {G.dtype}; pass G.float()")
     if not G.numel():
         return G.clone()
     return orthogonal(G, preset, dtype=dtype)
@@ -428,7 +443,7 @@ def on_sphere(p: Tensor, u: Tensor, radius: Tensor, lr: Any) -> Tensor:
     return q * (r / torch.linalg.matrix_norm(q, keepdim=True))
 
 
-# %% 12_muon_scion sec-mu-scion 1 7acf6100
+# %% 12_muon_scion sec-mu-scion 1 74605e90
 class Scion(_OnMatrices):
     """Scion: towards, or along, the best point of a ball of matrices.
 
@@ -442,10 +457,13 @@ class Scion(_OnMatrices):
         lr: γ, in [0, ∞); constrained, in [0, 1]. Default 1e-3.
         momentum: μ, in [0, 1). (Its authors' code calls 1 − μ so.) Default 0.9.
         norm: Whose ball: ``"spectral"``, or ``"sign"`` for entries of at most
-            1/n (output layers). Default ``"spectral"``.
+            1/n (output layers), which uses no scale and no preset. Default
+            ``"spectral"``.
         radius: Of the ball, in (0, ∞). Default 50.
-        scale: s, of the shape; a name of ``SCALES``. Default ``"scion"``.
-        preset: The iteration; see ``polar``. Default ``"polar_express"``.
+        scale: s, of the shape; a name of ``SCALES``. Spectral norm only. Default
+            ``"scion"``.
+        preset: The iteration; see ``polar``. Spectral norm only. Default
+            ``"polar_express"``.
         constrained: Stay in the ball. Default ``True``.
         **options: See ``Options``; ``nonfinite`` is ``"skip"`` by default.
 

@@ -1,12 +1,19 @@
 """What Muon and Scion promise, and the faults of others that they must not have."""
 
+import ast
+import importlib.util
 import math
+import pathlib
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_optimizer.optimizer.muon.base import get_adjusted_lr
 from torch import nn
 
 import guided_descent as gd
+from guided_descent import muon
 from guided_descent.muon import _EXPRESS, PRESETS, SCALES, damped, newton_schulz_bounds, newton_schulz_slack, polar
 
 generator = torch.Generator().manual_seed(0)
@@ -72,6 +79,167 @@ def test_presets_without_slack_are_refused():
     assert newton_schulz_slack("polar_express")[0] == pytest.approx(0.0109, abs=1e-3)
     with pytest.raises(TypeError, match="list"):
         gd.Muon(p, preset=[(1.5, -0.5, 0.0)])
+    uphill = ((4.0098, -7.0585, 2.4635), (3.4585, -5.5479, 2.5959))
+    for bad, told in (((), "triples"), (((1.5, -0.5),), "triples"), (uphill, "uphill")):
+        with pytest.raises(ValueError, match=told):
+            gd.Muon(p, preset=bad)
+        with pytest.raises(ValueError, match=told):
+            polar(p[0], bad)
+    for name in PRESETS:
+        assert newton_schulz_bounds(name)[0] >= 0 and min(newton_schulz_slack(name)) > 2**-7
+
+
+#: What each scale is called elsewhere, and what is computed there, for m outputs and n inputs (read in their sources).
+NAMESAKES = {
+    ("keller", "KellerJordan/Muon"): lambda m, n: max(1, m / n) ** 0.5,
+    ("keller", "torch original"): lambda m, n: torch.optim._muon._adjust_lr(1.0, "original", (m, n)),
+    ("keller", "pytorch_optimizer"): lambda m, n: get_adjusted_lr(1.0, (m, n), use_adjusted_lr=False),
+    ("keller", "timm original"): lambda m, n: timms(m, n, "original"),
+    ("keller", "Megatron shape_scaling"): lambda m, n: max(1, m / n) ** 0.5,
+    ("moonlight", "Moonlight"): lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    ("moonlight", "torch match_rms_adamw"): lambda m, n: torch.optim._muon._adjust_lr(1.0, "match_rms_adamw", (m, n)),
+    ("moonlight", "pytorch_optimizer"): lambda m, n: get_adjusted_lr(1.0, (m, n), use_adjusted_lr=True),
+    ("moonlight", "timm match_rms_adamw"): lambda m, n: timms(m, n, "match_rms_adamw"),
+    ("moonlight", "dion rms_norm"): lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    ("scion", "dion spectral_norm"): lambda m, n: math.sqrt(m / n),
+    ("scion", "timm rms_to_rms"): lambda m, n: timms(m, n, "rms_to_rms"),
+    ("scion", "Megatron unit_rms_norm"): lambda m, n: (m / n) ** 0.5,
+    ("spectral", "Megatron spectral"): lambda m, n: max(m, n) ** 0.5,
+    ("none", "dion None"): lambda m, n: 1.0,
+}
+
+
+def timms(m, n, name):
+    """Timm's own function, where timm is installed; alone, since timm may not import with this torch."""
+    found = importlib.util.find_spec("timm")
+    if found is None:
+        pytest.skip("timm is not installed")
+    tree = ast.parse((pathlib.Path(found.origin).parent / "optim" / "muon.py").read_text())
+    (function,) = [x for x in tree.body if getattr(x, "name", "") == "get_lr_scale"]
+    scope = {"torch": torch}
+    exec(compile(ast.Module([function], []), "timm", "exec"), scope)
+    return scope["get_lr_scale"]((m, n), name)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), NAMESAKES, ids=" = ".join)
+def test_scales_are_what_their_namesakes_are(ours, theirs):
+    for m, n in ((6, 6), (4, 9), (9, 4), (1024, 16)):
+        assert SCALES[ours](m, n) == pytest.approx(NAMESAKES[ours, theirs](m, n), rel=1e-12)
+
+
+def test_what_is_no_ordinary_matrix():
+    for preset in ("polar_express", "keller", "cubic"):
+        for shape in ((0, 4), (3, 0), (0, 3, 4)):
+            assert polar(torch.zeros(shape), preset).shape == shape
+        for row in (normal(1, 7), normal(7, 1), normal(1, 1), -torch.ones(1, 1).double()):
+            lo, hi = newton_schulz_bounds(preset, 1 - 1e-9, 1)
+            X = polar(row, preset)
+            assert lo - 1e-6 <= (X * row).sum() / row.norm() <= hi + 1e-6
+            torch.testing.assert_close(X / X.norm(), row / row.norm())
+        for bad in (torch.inf, -torch.inf, torch.nan):
+            G = normal(2, 3, 5)
+            G[0, 1, 1] = bad
+            X = polar(G, preset)
+            assert X[0].isnan().all() and X[1].isfinite().all()
+    big = torch.full((3, 4), 3e38)
+    tiny = torch.full((3, 4), 1e-42)
+    for G in (big, -big, tiny, big.to(torch.bfloat16), big.double() * 1e200):
+        X = polar(G)
+        assert 0.8 < torch.linalg.matrix_norm(X.double(), 2) < 1.2
+        assert (X * G.sign() > 0).all()
+    assert polar(1e30 * torch.ones(3, 4), dtype=torch.float16).isfinite().all()
+    assert polar(1e300 * torch.ones(3, 4).double(), dtype=torch.float32).isfinite().all()
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        polar(torch.ones(3))
+    with pytest.raises(TypeError, match="int64"):
+        polar(torch.ones(3, 3, dtype=torch.long))
+    with pytest.raises(TypeError, match="complex"):
+        polar(torch.ones(3, 3, dtype=torch.complex64))
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(0, 10**6), st.floats(1e-20, 1e20), st.sampled_from([*PRESETS]))
+@settings(max_examples=60, deadline=None)
+def test_rotations_transposes_and_scales(m, n, at, size, preset):
+    draw = torch.Generator().manual_seed(at)
+    G, A, B = (torch.randn(s, generator=draw, dtype=torch.float64) for s in ((m, n), (m, m), (n, n)))
+    Q, P = torch.linalg.qr(A)[0], torch.linalg.qr(B)[0]
+    X = polar(G, preset)
+    torch.testing.assert_close(polar(Q @ G @ P, preset), Q @ X @ P, atol=1e-6, rtol=0)
+    torch.testing.assert_close(polar(size * G.T, preset), X.T, atol=1e-6, rtol=0)
+    lo, hi = newton_schulz_bounds(preset)
+    values = torch.linalg.svdvals(X)
+    assert values.max() <= hi + 1e-6
+    assert (X * G).sum() >= 0
+
+
+def test_the_type_to_compute_in_is_chosen_once_by_capability(monkeypatch):
+    seen = []
+    begin = muon._begin
+
+    def spy(G, **options):
+        X, R = begin(G, **options)
+        seen.append(X.dtype)
+        return X, R
+
+    monkeypatch.setattr(muon, "_begin", spy)
+    for half in (True, False):
+        monkeypatch.setitem(muon._HALF, "cpu", half)
+        seen.clear()
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            polar(normal(4, 20, dtype=dtype))
+        low = torch.bfloat16 if half else torch.float32
+        assert seen == [low, low, torch.float64]
+
+
+@pytest.mark.parametrize("engine", ["loop", "foreach", "compile"])
+@pytest.mark.parametrize("kind", ["turned", "sliced", "channels_last", "transposed"])
+def test_strides_change_nothing(engine, kind):
+    def shaped(x):
+        if kind == "turned":
+            return x.mT.contiguous().mT
+        if kind == "sliced":
+            return torch.stack([x, x], -1)[..., 0]
+        if kind == "channels_last":
+            return x.view(4, 2, 3, 1).contiguous(memory_format=torch.channels_last)
+        return x
+
+    ends = []
+    for change in (shaped, lambda x: x.view(4, 2, 3, 1) if kind == "channels_last" else x):
+        draw = torch.Generator().manual_seed(0)
+        p, *gradients = (torch.randn(4, 6, generator=draw, dtype=torch.float64) for _ in range(3))
+        p = change(p).detach().requires_grad_()
+        group = {"params": [p], "transposed": kind == "transposed"}
+        optimizer = gd.Muon([group], engine=engine if change is shaped else "loop", normuon=0.9, weight_decay=0.1)
+        for g in gradients:
+            p.grad = torch.empty_like(p).copy_(change(g))
+            optimizer.step()
+        ends.append(p.detach().reshape(4, 6))
+    torch.testing.assert_close(*ends, atol=1e-12, rtol=0)
+
+
+def test_a_sphere_is_the_rate_of_lars_and_a_retraction():
+    """LARS: lr · ‖w‖ / ‖u‖, in place of u its polar factor; then back to the norm."""
+    p = nn.Parameter(normal(5, 3))
+    optimizer = gd.Muon([p], lr=0.2, momentum=0.0, constraint="sphere", scale="moonlight")
+    w, radius = p.detach().clone(), p.detach().norm()
+    for _ in range(4):
+        p.grad = normal(5, 3)
+        u = polar(p.grad)
+        w = w - 0.2 * (w.norm() / u.norm()) * u
+        w = w * (radius / w.norm())
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), w, atol=1e-12, rtol=0)
+
+
+def test_the_sign_norm_uses_neither_scale_nor_preset():
+    ends = []
+    for options in ({}, {"scale": "keller", "preset": "svd"}):
+        p = nn.Parameter(torch.ones(3, 4, dtype=torch.float64))
+        p.grad = torch.ones(3, 4, dtype=torch.float64)
+        gd.Scion([p], lr=0.5, radius=2.0, norm="sign", momentum=0.0, **options).step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+    torch.testing.assert_close(ends[0], torch.full((3, 4), 0.5 - 0.5 * 2 / 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
