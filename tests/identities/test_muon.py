@@ -61,7 +61,7 @@ def test_no_spectrum_leaves_the_certificate(preset, dtype, long):
 
 
 def test_the_certificate_is_exact():
-    x = torch.linspace(0, 1, 1_000_001, dtype=torch.float64)
+    x = torch.linspace(0, 1, 200_001, dtype=torch.float64)
     for name, table in PRESETS.items():
         for lo in (0.0, 0.01, 0.3):
             y = x[x >= lo]
@@ -142,7 +142,7 @@ def test_what_is_no_ordinary_matrix():
             X = polar(G, preset)
             assert X[0].isnan().all() and X[1].isfinite().all()
     big = torch.full((3, 4), 3e38)
-    tiny = torch.full((3, 4), 1e-42)
+    tiny = torch.full((3, 4), 2e-38)
     for G in (big, -big, tiny, big.to(torch.bfloat16), big.double() * 1e200):
         X = polar(G)
         assert 0.8 < torch.linalg.matrix_norm(X.double(), 2) < 1.2
