@@ -1,6 +1,6 @@
 # Generated from chapters/12_muon_scion.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 9006a613
+# %% head 3a1f9e4f
 """Chapter 12, Muon and Scion."""
 
 __all__ = [
@@ -151,7 +151,7 @@ def _check_preset(preset: Any) -> None:
         raise ValueError(f"{told}; pass a name of PRESETS")
 
 
-# %% 12_muon_scion sec-mu-code 1 ebc7989f
+# %% 12_muon_scion sec-mu-code 1 c2c19bc9
 #: Where products in bfloat16 are the fast ones: a CPU needs units for them.
 _HALF = {
     "cuda": True,
@@ -216,7 +216,7 @@ def _powers(R: Tensor, table: Coefficients) -> Tensor:
     shape, Q = R.shape, None
     R = _flat(R)
     for k, (a, b, c) in enumerate(table):
-        Z = _affine(R, R, R, b, c)
+        Z = _affine(R, R, R, b, c) if c else b * R
         Z.diagonal(dim1=-2, dim2=-1).add_(a)
         Q = Z if Q is None else Z @ Q
         R = Z @ (R @ Z) if k + 1 < len(table) else R

@@ -127,6 +127,15 @@ def test_scales_are_what_their_namesakes_are(ours, theirs):
         assert SCALES[ours](m, n) == pytest.approx(NAMESAKES[ours, theirs](m, n), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_no_polynomial_at_all_is_the_frobenius_ball(dtype):
+    """Torch's baddbmm writes nothing where both its factors are zero; the Gram form is of b = c = 0 too."""
+    for shape in ((4, 24, 48), (4, 48, 24), (2, 8, 9)):
+        G = normal(*shape)
+        X = polar(G, ((1.0, 0.0, 0.0),), dtype=dtype)
+        torch.testing.assert_close(X, G / G.norm(dim=(-2, -1), keepdim=True), atol=3e-3, rtol=0)
+
+
 def test_what_is_no_ordinary_matrix():
     for preset in ("polar_express", "keller", "cubic"):
         for shape in ((0, 4), (3, 0), (0, 3, 4)):
