@@ -121,7 +121,7 @@ def timms(m, n, name):
     return scope["get_lr_scale"]((m, n), name)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), NAMESAKES, ids=" = ".join)
+@pytest.mark.parametrize(("ours", "theirs"), NAMESAKES, ids=[" = ".join(x) for x in NAMESAKES])
 def test_scales_are_what_their_namesakes_are(ours, theirs):
     for m, n in ((6, 6), (4, 9), (9, 4), (1024, 16)):
         assert SCALES[ours](m, n) == pytest.approx(NAMESAKES[ours, theirs](m, n), rel=1e-12)
@@ -444,6 +444,12 @@ def test_param_groups():
     assert rates == {None: 0.01, "adamw": 1.5e-4}
     net.head.weight = net.embed.weight
     assert routes(gd.param_groups(net, x))["embed.weight"] == ("adamw", "embedding, tied")
+
+
+def test_a_head_tied_to_a_later_embedding_is_an_embedding():
+    net = nn.ModuleDict({"head": nn.Linear(4, 6, bias=False), "mid": nn.Linear(4, 4), "embed": nn.Embedding(6, 4)})
+    net.embed.weight = net.head.weight
+    assert routes(gd.param_groups(net))["head.weight"] == ("adamw", "embedding, tied")
 
 
 def test_nothing_to_route():
