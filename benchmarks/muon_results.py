@@ -189,7 +189,7 @@ def width() -> None:
     """Training loss of a net for digits whose hidden layers are wider and wider, by rate and scale."""
     images, labels = (torch.as_tensor(x) for x in digits())
     images = images.float() / images.max()
-    seeds, steps = range(8), 150
+    seeds, steps = range(5), 60
 
     def final(scale, size, lr):
         shapes = [(size, 64), (size, size), (size, size), (10, size)]
@@ -217,12 +217,12 @@ def width() -> None:
             found = loss(torch.arange(600).expand(len(seeds), -1))
         return found.nan_to_num(9.0, 9.0).clamp_max(9.0)
 
-    for scale, start in (("scion", -5), ("keller", -5), ("moonlight", -5)):
-        rates = [start + k for k in range(-3, 4)]
+    for scale, start in (("scion", -4), ("keller", -4), ("moonlight", -6), ("spectral", -8)):
+        rates = [start + k / 2 for k in range(-5, 6)]
         table = {}
-        for size in (32, 128):
+        for size in (32, 64, 128):
             table[size] = torch.stack([final(scale, size, 2**k) for k in rates]).log().mean(1)
-            best = int(table[size].argmin())
+            best = int(table[size].argmin())  # basins are wide: look at the row, too
             kept = int(table[32].argmin())
             ratio = float((table[size][kept] - table[size][best]).exp())
             print(

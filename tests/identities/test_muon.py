@@ -85,7 +85,12 @@ def test_presets_without_slack_are_refused():
             gd.Muon(p, preset=bad)
         with pytest.raises(ValueError, match=told):
             polar(p[0], bad)
-    for name in PRESETS:
+    for name, table in PRESETS.items():
+        for k, delta in enumerate(newton_schulz_slack(name)):
+            high = newton_schulz_bounds(table[:k])[1] if k else 1.0
+            top = [newton_schulz_bounds(table[k:], 0.0, high * (1 + x))[1] for x in (delta, 1.001 * delta)]
+            low = [newton_schulz_bounds(table[k:], 0.0, high * (1 + x))[0] for x in (delta, 1.001 * delta)]
+            assert max(top[0], -low[0]) <= 1.5 < max(top[1], -low[1]) or delta > 0.999
         assert newton_schulz_bounds(name)[0] >= 0 and min(newton_schulz_slack(name)) > 2**-7
 
 
