@@ -4,7 +4,7 @@
     python benchmarks/routing_architectures.py [NAME …] [--table]
 
 One line for each model, and for each kind of parameter with --table. A model fails when a matrix goes where it should
-not: what has to be a matrix, and what must not be, is written beside each model as patterns.
+not: what has to be a matrix is written beside each model as patterns.
 """
 
 import argparse
@@ -82,29 +82,46 @@ VIT = {"image_size": 32, "patch_size": 8}
 ENCODER = {x: v for x, v in BERT.items() if x != "vocab_size"}
 T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 WHISPER = {"vocab_size": 50, "d_model": 32, "num_mel_bins": 16, "max_source_positions": 16, "max_target_positions": 16}
-WHISPER |= {f"{x}_{y}": v for x in ("encoder", "decoder") for y, v in
-            (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}
-WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None}
+WHISPER |= {
+    f"{x}_{y}": v for x in ("encoder", "decoder") for y, v in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
+}
+WHISPER |= {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
 MEL = {"input_features": torch.zeros(1, 16, 32), **tokens("decoder_input_ids")}
 CLIP = {"text_config": {**BERT, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": {**ENCODER, **VIT}}
 CLIP |= {"projection_dim": 16}
 IDS = tokens("input_ids")
 
-#: Build; patterns of matrices; patterns of what must not be one. What no pattern names must be no matrix.
+#: Build; patterns of what is a matrix. What no pattern names must be none.
+BERTS = [r"attention\.\S*(query|key|value|dense)", r"layer\.\*\.(intermediate|output)\.dense"]
+TOWERS = [r"[qkv]_proj", r"out_proj", r"fc[12]"]
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+MAMBA = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+EXPERTS = {"num_local_experts": 4, "head_dim": 8, **LLAMA}
+BOTH = tokens("input_ids", "decoder_input_ids")
 ARCHITECTURES = {
     "GPT-2": (hf("GPT2LMHeadModel", IDS, **GPT2), [r"c_attn", r"c_proj", r"c_fc"]),
     "Llama": (hf("LlamaForCausalLM", IDS, **LLAMA), [r"[qkvo]_proj", r"mlp\.\w+_proj"]),
-    "BERT, masked words": (hf("BertForMaskedLM", IDS, **BERT), [r"attention\.\S*(query|key|value|dense)", r"layer\.\*\.(intermediate|output)\.dense", r"transform\.dense"]),
-    "BERT, classes": (hf("BertForSequenceClassification", IDS, **BERT), [r"attention\.\S*(query|key|value|dense)", r"layer\.\*\.(intermediate|output)\.dense", r"pooler\.dense"]),
-    "ViT": (hf("ViTForImageClassification", IMAGE, **ENCODER, **VIT), [r"layers?\.\*\.(attention|intermediate|output|mlp)\S*"]),
-    "ResNet": (hf("ResNetForImageClassification", IMAGE, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"), [r"convolution"]),
-    "T5": (hf("T5ForConditionalGeneration", tokens("input_ids", "decoder_input_ids"), **T5), [r"Attention\.[qkvo]\.", r"\.w[io]\."]),
+    "BERT, masked words": (hf("BertForMaskedLM", IDS, **BERT), [*BERTS, r"transform\.dense"]),
+    "BERT, classes": (hf("BertForSequenceClassification", IDS, **BERT), [*BERTS, r"pooler\.dense"]),
+    "ViT": (hf("ViTForImageClassification", IMAGE, **ENCODER, **VIT), [r"layers?\.\*\.(attention|mlp)\S*"]),
+    "ResNet": (hf("ResNetForImageClassification", IMAGE, **RESNET), [r"convolution"]),
+    "T5": (hf("T5ForConditionalGeneration", BOTH, **T5), [r"Attention\.[qkvo]\.", r"\.w[io]\."]),
     "Mixtral": (hf("MixtralForCausalLM", IDS, num_local_experts=4, **LLAMA), [r"[qkvo]_proj", r"experts"]),
-    "GPT-OSS": (hf("GptOssForCausalLM", IDS, num_local_experts=4, head_dim=8, **LLAMA), [r"[qkvo]_proj", r"experts\.\w+_proj$"]),
-    "Llama 4": (hf("Llama4ForCausalLM", IDS, "Llama4TextConfig", num_local_experts=4, head_dim=8, intermediate_size_mlp=64, **LLAMA), [r"[qkvo]_proj", r"experts", r"shared_expert"]),
-    "Mamba": (hf("MambaForCausalLM", IDS, vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4), [r"(in|x|dt|out)_proj"]),
-    "Whisper": (hf("WhisperForConditionalGeneration", MEL, **WHISPER), [r"[qkv]_proj", r"out_proj", r"fc[12]", r"encoder\.conv"]),
-    "CLIP": (hf("CLIPModel", {**IDS, **IMAGE}, **CLIP), [r"[qkv]_proj", r"out_proj", r"fc[12]"]),
+    "GPT-OSS": (hf("GptOssForCausalLM", IDS, **EXPERTS), [r"[qkvo]_proj", r"experts\.\w+_proj$"]),
+    "Llama 4": (
+        hf("Llama4ForCausalLM", IDS, "Llama4TextConfig", intermediate_size_mlp=64, **EXPERTS),
+        [r"[qkvo]_proj", r"experts", r"shared_expert"],
+    ),
+    "Mamba": (hf("MambaForCausalLM", IDS, **MAMBA), [r"(in|x|dt|out)_proj"]),
+    "Whisper": (hf("WhisperForConditionalGeneration", MEL, **WHISPER), [*TOWERS, r"encoder\.conv"]),
+    "CLIP": (hf("CLIPModel", {**IDS, **IMAGE}, **CLIP), TOWERS),
     "LoRA of GPT-2": (lora, [r"lora_[AB]"]),
     "TransformerEncoder": (lambda: (Encoder(), tokens("x")["x"]), [r"in_proj_weight", r"out_proj", r"linear[12]"]),
     "LSTM": (lambda: (Recurrent(), tokens("x")["x"]), [r"weight_[ih]h"]),

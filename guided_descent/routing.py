@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 2dfff993
+# %% head 7db1055e
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -122,7 +122,7 @@ def _leaf(node: Any) -> Tensor | None:
     return node.variable
 
 
-# %% 23_machinery sec-routing 2 2101cecb
+# %% 23_machinery sec-routing 2 fb6ccee7
 def _fused(name: str, rows: int, columns: int, told: str) -> tuple[dict, str]:
     """How a fused projection splits, if it is one; and what to say of it."""
     if (parts := FUSED.get(name, 1)) == 1:
@@ -147,7 +147,8 @@ def _route(
         gates, rest = divmod(len(p), owner.hidden_size)
         if rest or gates < 2:
             return {}, "recurrent"
-        return {"split_sizes": (owner.hidden_size,) * gates}, f"recurrent, {gates} gates"
+        sizes = (owner.hidden_size,) * gates
+        return {"split_sizes": sizes}, f"recurrent, {gates} gates"
     if p in outputs:
         return None, "output layer"
     if not experts and 1 in (len(p), p[:1].numel()):

@@ -309,10 +309,13 @@ def stepped(shape, g, **group):
 @pytest.mark.parametrize("engine", ["loop", "foreach"])
 def test_parts_heads_experts_transposes_convolutions(scale, engine):
     options = {"scale": scale, "engine": engine}
+
     def same(x, y):
         return torch.testing.assert_close(x, y, atol=1e-10, rtol=0)
+
     def one(G):
         return polar(G) * SCALES[scale](*G.shape)
+
     G = normal(12, 6)
     same(stepped((12, 6), G, split_sizes=[4, 8], **options), torch.cat([one(x) for x in G.split([4, 8])]))
     same(stepped((12, 6), G, num_heads=3, **options), torch.cat([one(x) for x in G.split(4)]))
@@ -452,7 +455,14 @@ def test_param_groups():
 
 
 def test_a_head_tied_to_a_later_embedding_is_an_embedding():
-    net = nn.ModuleDict({"head": nn.Linear(4, 6, bias=False), "mid": nn.Linear(4, 4), "embed": nn.Embedding(6, 4)})
+    net = nn.ModuleDict(
+        {
+            "head": nn.Linear(4, 6, bias=False),
+            "mid": nn.Linear(4, 4),
+            "embed": nn.Embedding(6, 4),
+            "last": nn.Linear(4, 4),
+        }
+    )
     net.embed.weight = net.head.weight
     assert routes(gd.param_groups(net))["head.weight"] == ("adamw", "embedding, tied")
 
