@@ -594,6 +594,8 @@ def test_outputs_of_every_kind_lead_to_the_head():
             net = Odd(kind)
             assert routes(gd.param_groups(net, example))["head.weight"] == ("adamw", "output layer")
             assert routes(gd.param_groups(net, example))["body.weight"] == ("matrix", "linear")
+            if kind is kinds[0]:  # logits alone, where there are any
+                assert routes(gd.param_groups(net, example))["aside.weight"] == ("matrix", "linear")
             assert (net.training, net.body.training, net.head.training) == (False, True, False)
     both = Odd(lambda y, z: (y, z))
     assert [x.reason for x in gd.param_groups(both, torch.zeros(2, 4)).routes].count("output layer") == 2
@@ -624,6 +626,21 @@ def test_one_optimizer_is_two():
                 optimizer.step()
     for p, q in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(p, q, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4), (3, 4, 7)])
+def test_the_gram_form_has_a_domain(shape):
+    """Wide enough, and round-off times the square of the slope below .1."""
+
+    def small(preset, dtype, shape=shape):
+        G = normal(*shape, dtype=dtype)
+        return muon._begin(G, table=PRESETS[preset], dtype=dtype)[1].numel() > 0
+
+    assert small("polar_express", torch.float32) and small("keller", torch.float32)
+    assert small("polar_express_8", torch.float64)
+    assert not small("polar_express_8", torch.float32) and not small("deepseek", torch.float32)
+    assert not any(small(preset, torch.bfloat16) for preset in PRESETS)
+    assert not small("polar_express", torch.float64, (4, 6)) and small("polar_express", torch.float64, (4, 7))
 
 
 def test_gram_is_the_iteration():
