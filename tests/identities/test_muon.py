@@ -601,6 +601,12 @@ def test_outputs_of_every_kind_lead_to_the_head():
     assert [x.reason for x in gd.param_groups(both, torch.zeros(2, 4)).routes].count("output layer") == 2
 
 
+def test_looking_for_the_head_leaves_statistics_alone():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    gd.param_groups(net, torch.ones(1, 4))  # in training mode a batch of one is an error
+    assert not net[1].running_mean.any() and net[1].num_batches_tracked == 0
+
+
 def test_rates_and_rest_reach_their_groups(capsys):
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     groups = gd.param_groups(net, torch.zeros(1, 4), lr=0.3, rest={"algorithm": "sgd", "lr": 0.1}, verbose=True)
