@@ -203,6 +203,10 @@ def test_the_type_to_compute_in_is_chosen_once_by_capability(monkeypatch):
             polar(normal(4, 20, dtype=dtype))
         low = torch.bfloat16 if half else torch.float32
         assert seen == [low, low, torch.float64]
+    seen.clear()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        polar(normal(4, 20), dtype=dtype)
+    assert seen == [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 @pytest.mark.parametrize("engine", ["loop", "foreach", "compile"])
