@@ -179,7 +179,8 @@ def language(kind) -> None:
         train, test = fit(kind, method, lr, FRESH)
         print(
             f"{kind.__name__:>11} {method:>13} lr {lr:<8.4g} basin {basin}"
-            f"  train {train.mean():.3f} ± {train.std():.3f}  unseen {test.mean():.3f} ± {test.std():.3f}  ({time.perf_counter() - start:.0f} s)\n"
+            f"  train {train.mean():.3f} ± {train.std():.3f}  unseen {test.mean():.3f} ± {test.std():.3f}"
+            f"  ({time.perf_counter() - start:.0f} s)\n"
             f"      unseen = {[round(x, 3) for x in test.tolist()]}",
             flush=True,
         )
