@@ -1,6 +1,6 @@
 # Generated from chapters/12_muon_scion.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 05cf4334
+# %% head 3a1f9e4f
 """Chapter 12, Muon and Scion."""
 
 __all__ = [
@@ -133,20 +133,25 @@ def newton_schulz_slack(preset: str | Coefficients, end: float = 1.5) -> list[fl
     return slack
 
 
-# %% 12_muon_scion sec-mu-slack 2 532fa0fc
+# %% 12_muon_scion sec-mu-slack 2 1d54fa36
 def _check_preset(preset: Any) -> None:
-    """Refuse an iteration that one rounding in half precision can blow up."""
+    """Refuse an iteration that one rounding blows up, or that may turn around."""
     if preset == "svd":
         return
     if not isinstance(preset, str | tuple):
         told = f"preset={preset!r} is a {type(preset).__name__}"
         raise TypeError(f"{told}; pass a name or a tuple of triples (a, b, c)")
-    if (least := min(newton_schulz_slack(preset))) < 2**-8:
+    if not (table := _table(preset)) or any(len(step) != 3 for step in table):
+        raise ValueError(f"preset={preset!r}; pass a tuple of triples (a, b, c)")
+    if (least := min(newton_schulz_slack(preset))) < 2**-7:
         told = f"preset={preset!r} blows up after a relative error of {least:.1g}"
         raise ValueError(f"{told}; pass damped(preset), or a name of PRESETS")
+    if newton_schulz_bounds(preset)[0] < 0:
+        told = f"preset={preset!r} makes some singular values negative: steps uphill"
+        raise ValueError(f"{told}; pass a name of PRESETS")
 
 
-# %% 12_muon_scion sec-mu-code 1 10672302
+# %% 12_muon_scion sec-mu-code 1 c2c19bc9
 #: Where products in bfloat16 are the fast ones: a CPU needs units for them.
 _HALF = {
     "cuda": True,
@@ -162,30 +167,45 @@ def _flat(X: Tensor) -> Tensor:
     return X.flatten(0, -3) if X.ndim > 3 else X
 
 
-def _affine(A: Tensor, X: Tensor, Y: Tensor, a: float, b: float) -> Tensor:
-    """``a A + b X Y``; a batch of one would copy what is transposed."""
-    product = torch.addmm if A.ndim == 2 else torch.baddbmm
-    return product(A, X, Y, beta=a, alpha=b)
+def _over(X: Tensor, size: Tensor) -> Tensor:
+    """``X / size`` in place, a size for each matrix."""
+    return X.div_(size if X.ndim == 2 else size[..., None, None])
 
 
 @matrixwise
 def _begin(G: Tensor, table: Coefficients, dtype: Any) -> tuple[Tensor, Tensor]:
-    """The matrix over its norm, wide; and its Gram matrix, where that will do."""
-    X = G.to(wide(G.dtype))
-    norm = functools.partial(torch.linalg.vector_norm, dim=(-2, -1), keepdim=True)
-    for order in (torch.inf, 2):  # the largest entry first: squares may overflow
-        size = norm(X, order)
-        X = X / torch.where(size == 0, 1, size)
+    """A copy of G over its norm, and its smaller Gram matrix, where that will do."""
+    full, dims = wide(G.dtype), (-2, -1)
+    tiny = torch.finfo(full).tiny
     if dtype is None:
-        half = X.dtype == torch.float32 and _HALF.get(X.device.type, False)
-        dtype = torch.bfloat16 if half else X.dtype
-    X = X.to(dtype)
-    X = X.mT if X.shape[-2] > X.shape[-1] else X
-    short, long = X.shape[-2:]
+        half = full == torch.float32 and _HALF.get(G.device.type, False)
+        dtype = torch.bfloat16 if half else full
+    same = {full, dtype} <= {torch.float32, torch.bfloat16}  # in range
+    fresh = {"copy": True, "memory_format": torch.contiguous_format}
+    # Squares may overflow: first over a power of two near the largest entry.
+    peak = torch.maximum(G.amax(dims), -G.amin(dims)).to(full).clamp_min(tiny)
+    X = _over(G.to(dtype if same else full, **fresh), peak.log2().floor().exp2())
+    norm = torch.linalg.vector_norm(X, dim=dims).to(full).clamp_min(tiny)
+    X = _over(X, norm).to(dtype)
+    m, n = X.shape[-2:]
     lift = math.prod([a for a, _, _ in table])
     exact = torch.finfo(dtype).eps / 2 * lift**2 < 0.1
-    gram = exact and 2 * long > 3 * short
-    return X, X @ X.mT if gram else X.new_empty(*X.shape[:-2], 0, 0)
+    gram = exact and 2 * max(m, n) > 3 * min(m, n)
+    return X, _gram(X) if gram else X.new_empty(*X.shape[:-2], 0, 0)
+
+
+def _gram(X: Tensor, out: Tensor | None = None) -> Tensor:
+    """The smaller of ``X Xᵀ`` and ``Xᵀ X``."""
+    tall = X.shape[-2] > X.shape[-1]
+    return torch.matmul(*((X.mT, X) if tall else (X, X.mT)), out=out)
+
+
+def _affine(
+    A: Tensor, X: Tensor, Y: Tensor, a: float, b: float, out: Tensor | None = None
+) -> Tensor:
+    """``a A + b X Y``; a batch of one would copy what is transposed."""
+    product = torch.addmm if A.ndim == 2 else torch.baddbmm
+    return product(A, X, Y, beta=a, alpha=b, out=out)
 
 
 @matrixwise
@@ -196,7 +216,7 @@ def _powers(R: Tensor, table: Coefficients) -> Tensor:
     shape, Q = R.shape, None
     R = _flat(R)
     for k, (a, b, c) in enumerate(table):
-        Z = _affine(R, R, R, b, c)
+        Z = _affine(R, R, R, b, c) if c else b * R
         Z.diagonal(dim1=-2, dim2=-1).add_(a)
         Q = Z if Q is None else Z @ Q
         R = Z @ (R @ Z) if k + 1 < len(table) else R
@@ -205,17 +225,20 @@ def _powers(R: Tensor, table: Coefficients) -> Tensor:
 
 @matrixwise
 def _end(G: Tensor, X: Tensor, Q: Tensor, table: Coefficients, scale: str) -> Tensor:
-    """The result: by Q, or by the iteration on X; times the scale of the shape."""
+    """The result, by Q or by the iteration, in X's place; times the shape's scale."""
     m, n = G.shape[-2:]
+    length, X, Q = SCALES[scale](m, n), _flat(X), _flat(Q) * SCALES[scale](m, n)
     if Q.numel():
-        X = Q @ X
-    else:
-        X = _flat(X)
-        for a, b, c in table:
-            A = X @ X.mT
-            X = _affine(X, _affine(A, A, A, b, c) if c else b * A, X, a, 1.0)
-    X = (X.mT if m > n else X).reshape(G.shape).to(G.dtype)
-    return X if (length := SCALES[scale](m, n)) == 1 else X * length
+        X = X @ Q.mT if m > n else Q @ X
+    else:  # the last polynomial takes the scale; memory anew costs more than products
+        Y, k = torch.empty_like(X), min(m, n)
+        A, B = (X.new_empty(*X.shape[:-2], k, k) for _ in range(2))
+        *table, last = table
+        for a, b, c in (*table, tuple(length * x for x in last)):
+            _gram(X, out=A)
+            _affine(A, A, A, b, c, out=B) if c else torch.mul(A, b, out=B)
+            X, Y = _affine(X, *((X, B) if m > n else (B, X)), a, 1.0, out=Y), X
+    return X.reshape(G.shape).to(G.dtype)
 
 
 @matrixwise
@@ -232,22 +255,32 @@ def orthogonal(G: Any, preset: Any, scale: str = "none", dtype: Any = None) -> A
     return _end(G, X, _powers(R, table=table), table=table, scale=scale)
 
 
-# %% 12_muon_scion sec-mu-code 2 8d48c953
+# %% 12_muon_scion sec-mu-code 2 bc181145
 def polar(
     G: Tensor, preset: str | Coefficients = "polar_express", dtype: Any = None
 ) -> Tensor:
     """Nearly ``U Vᵀ`` where ``G = U S Vᵀ``: singular values in the preset's bounds.
 
     Args:
-        G: (…, m, n). It is not changed. Of a zero matrix the result is zero.
+        G: (…, m, n), real. It is not changed. Of a zero matrix the result is zero;
+            of one with an infinite or undefined entry, undefined.
         preset: A name of ``PRESETS``, coefficients with slack, or ``"svd"``.
         dtype: To compute in. ``None``: bfloat16 for single precision and below
             where the device has units for it; else single, or double as given.
+
+    Raises:
+        ValueError: G is no matrix; a preset without slack, or one that ascends.
+        TypeError: G is not of a real floating-point type.
 
     Source: Jordan et al. (2024); Amsel et al. (2025), arXiv 2505.16932. Chapter
     12, eq-mu-polar.
     """
     _check_preset(preset)
+    if G.ndim < 2:
+        told = f"G has shape {tuple(G.shape)}"
+        raise ValueError(f"{told}; pass a matrix, such as G[None], or a batch of them")
+    if not G.is_floating_point():
+        raise TypeError(f"G is of {G.dtype}; pass G.float()")
     if not G.numel():
         return G.clone()
     return orthogonal(G, preset, dtype=dtype)
@@ -410,7 +443,7 @@ def on_sphere(p: Tensor, u: Tensor, radius: Tensor, lr: Any) -> Tensor:
     return q * (r / torch.linalg.matrix_norm(q, keepdim=True))
 
 
-# %% 12_muon_scion sec-mu-scion 1 7acf6100
+# %% 12_muon_scion sec-mu-scion 1 74605e90
 class Scion(_OnMatrices):
     """Scion: towards, or along, the best point of a ball of matrices.
 
@@ -424,10 +457,13 @@ class Scion(_OnMatrices):
         lr: γ, in [0, ∞); constrained, in [0, 1]. Default 1e-3.
         momentum: μ, in [0, 1). (Its authors' code calls 1 − μ so.) Default 0.9.
         norm: Whose ball: ``"spectral"``, or ``"sign"`` for entries of at most
-            1/n (output layers). Default ``"spectral"``.
+            1/n (output layers), which uses no scale and no preset. Default
+            ``"spectral"``.
         radius: Of the ball, in (0, ∞). Default 50.
-        scale: s, of the shape; a name of ``SCALES``. Default ``"scion"``.
-        preset: The iteration; see ``polar``. Default ``"polar_express"``.
+        scale: s, of the shape; a name of ``SCALES``. Spectral norm only. Default
+            ``"scion"``.
+        preset: The iteration; see ``polar``. Spectral norm only. Default
+            ``"polar_express"``.
         constrained: Stay in the ball. Default ``True``.
         **options: See ``Options``; ``nonfinite`` is ``"skip"`` by default.
 

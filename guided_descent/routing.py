@@ -1,10 +1,11 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head b4210621
+# %% head 7db1055e
 """Chapter 23, The machinery."""
 
 __all__ = [
     "FUSED",
+    "RECURRENT",
     "ROUTERS",
     "TRANSPOSED",
     "Groups",
@@ -14,7 +15,7 @@ __all__ = [
 ]
 
 
-# %% 23_machinery sec-routing 1 2ae62ae4
+# %% 23_machinery sec-routing 1 5eeeb002
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -25,9 +26,11 @@ from torch import Tensor, nn
 FUSED = {"qkv": 3, "Wqkv": 3, "query_key_value": 3, "c_attn": 3, "qkv_proj": 3}
 FUSED |= {"in_proj_weight": 3, "gate_up_proj": 2}
 #: Modules that keep a weight as inputs by outputs.
-TRANSPOSED = ("Conv1D",)
+TRANSPOSED = ("Conv1D", "Llama4TextExperts")
 #: Names of modules that choose an expert.
 ROUTERS = ("gate", "router")
+#: Torch's recurrent modules; they stack the weights of their gates.
+RECURRENT = nn.RNNBase | nn.RNNCellBase
 
 
 class Route(NamedTuple):
@@ -81,11 +84,17 @@ def heads(model: nn.Module, example: Any) -> set[Tensor]:
     else:
         args = example if isinstance(example, tuple) else (example,)
     modes = {module: module.training for module in model.modules()}
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    frozen = [p for p in frozen if p.is_floating_point()]  # a frozen head is one too
     model.eval()
     try:
+        for p in frozen:
+            p.requires_grad_(True)
         with torch.enable_grad():
             output = model(*args, **kwargs)
     finally:
+        for p in frozen:
+            p.requires_grad_(False)
         for module, mode in modes.items():
             module.training = mode
     stack = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None]
@@ -113,14 +122,14 @@ def _leaf(node: Any) -> Tensor | None:
     return node.variable
 
 
-# %% 23_machinery sec-routing 2 73ceee8d
-def _fused(name: str, rows: int, columns: int, batched: bool) -> dict[str, Any]:
-    """How a fused projection splits, if it is one."""
-    parts = FUSED.get(name, 1)
-    whole = parts == 2 or rows == parts * columns
-    if parts == 1 or rows % parts or not whole:
-        return {}
-    return {"split_sizes": (rows // parts,) * parts}
+# %% 23_machinery sec-routing 2 fb6ccee7
+def _fused(name: str, rows: int, columns: int, told: str) -> tuple[dict, str]:
+    """How a fused projection splits, if it is one; and what to say of it."""
+    if (parts := FUSED.get(name, 1)) == 1:
+        return {}, told
+    if rows % parts or parts == 3 and rows != parts * columns:
+        return {}, f"{told}, fused in unequal parts? then pass split_sizes="
+    return {"split_sizes": (rows // parts,) * parts}, f"{told}, fused, {parts} parts"
 
 
 def _route(
@@ -129,33 +138,48 @@ def _route(
     """The keys of a parameter's group, None for another algorithm; and the reason."""
     owner, (*_, place, last) = owners[0], ["", *name.split(".")]
     kind = type(owner).__name__
+    experts = p.dim() == 3 and "expert" in f"{kind}.{name}".lower()
     if any(isinstance(x, nn.Embedding | nn.EmbeddingBag) for x in owners):
         return None, "embedding" + (", tied" if len(owners) > 1 else "")
-    if p.dim() < 2:
-        return None, "bias" if last == "bias" else "norm, gain or other vector"
+    if p.dim() < 2 or last.endswith("bias"):
+        return None, "bias" if "bias" in last else "norm, gain or other vector"
+    if isinstance(owner, RECURRENT):
+        gates, rest = divmod(len(p), owner.hidden_size)
+        if rest or gates < 2:
+            return {}, "recurrent"
+        sizes = (owner.hidden_size,) * gates
+        return {"split_sizes": sizes}, f"recurrent, {gates} gates"
     if p in outputs:
         return None, "output layer"
+    if not experts and 1 in (len(p), p[:1].numel()):
+        return None, "one row or column"
     if isinstance(owner, nn.modules.conv._ConvNd):
         if owner.groups > 1:
             return None, "grouped or depthwise convolution"
+        if owner.transposed:
+            return None, "transposed convolution"
         if owner.kernel_size == owner.stride and owner.stride[0] > 1:
             return None, "patch embedding"
         return {}, "convolution, flattened"
+    if "router" in kind.lower() or place in ROUTERS and len(p) < p.shape[-1]:
+        return None, "router"
+    turned = {}
+    if kind in TRANSPOSED or getattr(owner, "is_transposed", False):
+        turned = {"transposed": True}
+    rows, columns = p.shape[-2:] if not turned else (p.mT.shape[-2:])
     word = last if last in FUSED else place
-    if isinstance(owner, nn.Linear) or last == "in_proj_weight":
-        if place in ROUTERS and p.shape[0] < p.shape[1]:
-            return None, "router"
-        keys = _fused(word, *p.shape, False)
-        return keys, f"fused, {len(keys['split_sizes'])} parts" if keys else "linear"
-    if kind in TRANSPOSED:
-        keys = _fused(word, *p.shape[::-1], False)
-        told = f"fused, {len(keys['split_sizes'])} parts, " if keys else ""
-        return {"transposed": True, **keys}, f"{told}kept as inputs × outputs"
-    if p.dim() == 3 and "expert" in f"{kind}.{name}".lower():
-        keys = _fused(word, *p.shape[1:], True)
-        told = ", fused" if keys else ""
-        return {"batched": True, **keys}, f"experts, {len(p)} matrices{told}"
-    return None, f"unrecognised: {kind}"
+    if not getattr(owner, "is_concatenated", True):
+        word = ""  # the parts alternate, row by row
+    if experts:
+        told, turned = f"experts, {len(p)} matrices", turned | {"batched": True}
+    elif turned:
+        told = "kept as inputs × outputs"
+    elif isinstance(owner, nn.Linear) or last.endswith("proj_weight"):
+        told = "linear"
+    else:
+        return None, f"unrecognised: {kind}"
+    keys, told = _fused(word, rows, columns, told)
+    return turned | keys, told
 
 
 def param_groups(
