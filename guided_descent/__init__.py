@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 948aef58
+# %% head 7ae164dd
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -11,6 +11,14 @@ from guided_descent.adaptive import (
     AdamW,
     NAdam,
     RMSprop,
+)
+from guided_descent.averaging import (
+    EMA,
+    GPA,
+    LAWA,
+    Polyak,
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
 )
 from guided_descent import capture as capture
 from guided_descent.core import (
@@ -79,9 +87,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BFGS",
     "EKFAC",
+    "EMA",
     "FOOF",
     "GGN",
+    "GPA",
     "KFAC",
+    "LAWA",
     "LBFGS",
     "SGD",
     "SOAP",
@@ -105,7 +116,10 @@ __all__ = [
     "Optimizer",
     "Options",
     "PSGDKron",
+    "Polyak",
     "RMSprop",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "Scion",
     "Shampoo",
     "Sophia",
