@@ -1,6 +1,6 @@
 # Generated from chapters/16_averaging.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head d0dccfdc
+# %% head 7a6472f7
 """Chapter 16, Averaging."""
 
 __all__ = [
@@ -398,54 +398,54 @@ class _Averaged(Optimizer):
                     stacklevel=4,
                 )
 
-    # %% 16_averaging sec-av-gpa 9 8ffe6e9f
+    # %% 16_averaging sec-av-gpa 9 61a215b1
     @staticmethod
     def fused(p: list[Tensor], g: list[Tensor], s: Any, h: Any) -> None:
-        """Torch's kernel steps z, between two touches of y.
-
-        With z₁ = z − lr λ y where the decay is at y, the kernel's z₂, and k = 1 − c::
-
-            y ← k (1 − (1 − β) lr λ) y − k (1 − β) z₁ + (1 − β k) z₂
-        """
-        lr, c, beta = map(_number, (h.step_size, h.c, h.beta))
-        keep, alone = 1 - c, hasattr(s, "x")
-        at_y = 0.0 if alone or h.decay_at == "z" else lr * h.weight_decay
+        """Torch's kernel steps z, while the parameter is x."""
+        names = ("step_size", "c", "back", "on")
+        lr, c, back, on = (_number(vars(h)[name]) for name in names)
+        alone, decay = hasattr(s, "x"), h.weight_decay
         for some in _parts(p):
-            y, x = p[some], (s.x if alone else p)[some]
-            z = y if alone else s.z[some]
-            if (skip := h.found_inf) is not None:  # the kernel undoes its own part
-                kept = [(a, a.clone()) for a in (*x, *(z if at_y else ()))]
+            y, z = p[some], (p if alone else s.z)[some]
+            x = Batch(s.x[some] if alone else y)
+            kept = []
+            if h.found_inf is not None:  # the kernel undoes its own part alone
+                kept = [(a, a.clone()) for a in {*x.tensors, *z}]
             if not alone:
-                if at_y:
-                    Batch(z).add_(Batch(y), alpha=-at_y)
-                Batch(y).mul_(keep * (1 - (1 - beta) * at_y))
-                Batch(y).add_(Batch(z), alpha=-keep * (1 - beta))
-            _kernel(z, g[some], s, some, lr, 0.0 if at_y else h.weight_decay, h)
-            if alone:
-                Batch(x).mul_(keep).add_(Batch(z), alpha=c)
-            else:
-                Batch(y).add_(Batch(z), alpha=1 - beta * keep)
-            for a, before in kept if skip is not None else ():
-                a.copy_(torch.where(skip.bool(), before, a))
+                x.lerp_(Batch(z), back)
+            if decay and not alone and h.decay_at == "y":  # of y as it was, from x and z
+                Batch(z).mul_(1 - lr * decay * (1 - h.beta)).add_(x, alpha=-lr * decay * h.beta)
+            inside = decay if alone or h.decay_at == "z" else 0.0
+            _kernel(z, g[some], s, some, lr, inside, h)
+            x.lerp_(Batch(z), c if alone else on)
+            for a, before in kept:
+                a.copy_(torch.where(h.found_inf.bool(), before, a))
 
 
-# %% 16_averaging sec-av-schedule-free 2 56cdea3c
+# %% 16_averaging sec-av-schedule-free 2 f2512c09
 def _average(y: Tensor, u: Tensor, s: Any, h: Any) -> None:
-    """Step z against u, and let y follow; β, c and the step size are in ``h``."""
+    """Step z against u, then x after z, then y between; β and c are in ``h``."""
     alone = hasattr(s, "x")  # β = 0: the parameter is z
     if h.weight_decay:
         at = y if alone or h.decay_at == "y" else s.z
         u = (h.weight_decay * at).add_(u)
     if alone:
         y.add_(u, alpha=-h.step_size)
-        s.x.mul_(1 - h.c).add_(y, alpha=h.c)
+        s.x.add_(y - s.x, alpha=h.c)
     else:
-        y.mul_(1 - h.c).add_(s.z, alpha=h.c)
-        y.add_(u, alpha=-h.step_size * (1 - h.beta * (1 - h.c)))
+        x = y.add_(s.z - y, alpha=h.back)
         s.z.add_(u, alpha=-h.step_size)
+        x.add_(s.z - x, alpha=h.on)
 
 
-# %% 16_averaging sec-av-schedule-free 3 79a95836
+# %% 16_averaging sec-av-schedule-free 3 51341ac2
+def _weights(h: Any) -> None:
+    """How far from y to z the old x lies, and how far from there the new y."""
+    h.back = 1 - 1 / h.beta if h.beta else 0.0
+    h.on = 1 - h.beta * (1 - h.c)
+
+
+# %% 16_averaging sec-av-schedule-free 4 ffcb7dc4
 def _weigh(h: Any) -> None:
     """The weight c of the newest z in a mean where ``step``-th weighs tʳ · lr_maxᵖ."""
     h.step_size = h.lr
@@ -455,9 +455,10 @@ def _weigh(h: Any) -> None:
     weight = h.step**h.r * h.lr_max**h.weight_lr_power
     h.weight_sum = h.weight_sum + weight
     h.c = weight / _larger(h.weight_sum, 1e-37)  # lr = 0 weighs nothing
+    _weights(h)
 
 
-# %% 16_averaging sec-av-schedule-free 4 0a9bff08
+# %% 16_averaging sec-av-schedule-free 5 0a9bff08
 def _larger(a: Any, b: Any) -> Any:
     """The larger of two, of which any may be a tensor; nobody waits for it."""
     if not (isinstance(a, Tensor) or isinstance(b, Tensor)):
@@ -471,7 +472,7 @@ def _smaller(a: Any, b: Any) -> Any:
     return -_larger(-a, -b)
 
 
-# %% 16_averaging sec-av-schedule-free 5 28cea2ad
+# %% 16_averaging sec-av-schedule-free 6 28cea2ad
 class ScheduleFreeSGD(_Averaged):
     """SGD without a schedule: a growing average takes the place of decay.
 
@@ -538,7 +539,7 @@ class ScheduleFreeSGD(_Averaged):
         defaults |= {"weight_lr_power": weight_lr_power, "decay_at": decay_at}
         super().__init__(params, defaults, **options)
 
-    # %% 16_averaging sec-av-schedule-free 6 ab7372d4
+    # %% 16_averaging sec-av-schedule-free 7 ab7372d4
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         _average(p, g, s, h)
@@ -553,7 +554,7 @@ class ScheduleFreeSGD(_Averaged):
         return []
 
 
-# %% 16_averaging sec-av-schedule-free 7 6dcd291c
+# %% 16_averaging sec-av-schedule-free 8 6dcd291c
 class ScheduleFreeAdamW(_Averaged):
     """AdamW without a schedule: a growing average takes the place of decay.
 
@@ -623,7 +624,7 @@ class ScheduleFreeAdamW(_Averaged):
         defaults |= {"weight_lr_power": weight_lr_power, "decay_at": decay_at}
         super().__init__(params, defaults, **options)
 
-    # %% 16_averaging sec-av-schedule-free 9 bd75757a
+    # %% 16_averaging sec-av-schedule-free 10 bd75757a
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         _average(p, _adam_direction(g, s, h), s, h)
@@ -639,7 +640,7 @@ class ScheduleFreeAdamW(_Averaged):
         return ["exp_avg_sq"]
 
 
-# %% 16_averaging sec-av-schedule-free 8 55a4a933
+# %% 16_averaging sec-av-schedule-free 9 55a4a933
 def _adam_direction(g: Tensor, s: Any, h: Any) -> Tensor:
     """Adam's step, up to −lr; without memory of g itself where β₁ is left out."""
     v = s.exp_avg_sq.mul_(h.betas[1]).addcmul_(g, g, value=1 - h.betas[1])
@@ -712,7 +713,7 @@ class GPA(_Averaged):
         defaults |= {"weight_decay": weight_decay, "base": base, "decay_at": decay_at}
         super().__init__(params, defaults | {"train_mode": True}, **options)
 
-    # %% 16_averaging sec-av-gpa 2 f8239e46
+    # %% 16_averaging sec-av-gpa 2 40151143
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         u = _adam_direction(g, s, h) if h.base == "adamw" else g
@@ -723,6 +724,7 @@ class GPA(_Averaged):
         h.step_size, h.beta, h.c = h.lr, h.mu_y, 1 - h.mu_x
         h.mean_correction = 1 - h.betas[0] ** h.step
         h.root_correction = (1 - h.betas[1] ** h.step) ** 0.5
+        _weights(h)
 
     # %% 16_averaging sec-av-gpa 5 f5f1d56a
     def _means(self, h: Any) -> list[str]:

@@ -109,19 +109,14 @@ CASES = {
     "ScheduleFreeSGD": Case(
         gd.ScheduleFreeSGD, None, {}, [{"momentum": 1.5}, {"warmup_steps": -1}, {"warmup_steps": 0.5}, {"r": -1.0}]
     ),
-    "ScheduleFreeSGD-polyak": Case(gd.ScheduleFreeSGD, None, {"momentum": 0.0, "weight_decay": 0.1, "warmup_steps": 2}),
+    "ScheduleFreeSGD-polyak": Case(gd.ScheduleFreeSGD, None, {"momentum": 0.0, "warmup_steps": 2, "r": 1.0}),
     "ScheduleFreeAdamW": Case(
         gd.ScheduleFreeAdamW, None, {}, [{"betas": (1.5, 0.9)}, {"betas": (0.9, 1.0)}, {"eps": -1.0}, {"r": -1.0}]
     ),
-    "ScheduleFreeAdamW-decay": Case(
-        gd.ScheduleFreeAdamW, None, {"weight_decay": 0.1, "warmup_steps": 2, "r": 1.0, "betas": (0.8, 0.9)}
-    ),
-    "ScheduleFreeAdamW-polyak": Case(gd.ScheduleFreeAdamW, None, {"betas": (0.0, 0.9), "weight_decay": 0.1}),
+    "ScheduleFreeAdamW-polyak": Case(gd.ScheduleFreeAdamW, None, {"betas": (0.0, 0.9), "warmup_steps": 2}),
     "GPA": Case(gd.GPA, None, {}, [{"mu_x": 1.0}, {"mu_y": 1.5}, *BAD_BETAS, {"weight_decay": -1.0}]),
-    "GPA-plain": Case(
-        gd.GPA, None, {"betas": (0.0, 0.9), "mu_x": 0.9, "mu_y": 0.8, "weight_decay": 0.1, "decay_at": "z"}
-    ),
-    "GPA-sgd": Case(gd.GPA, None, {"base": "sgd", "mu_x": 0.9, "mu_y": 0.9, "weight_decay": 0.1}),
+    "GPA-plain": Case(gd.GPA, None, {"betas": (0.0, 0.9), "mu_x": 0.9, "mu_y": 0.8}),
+    "GPA-sgd": Case(gd.GPA, None, {"base": "sgd", "mu_x": 0.9, "mu_y": 1.0}),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (1,), (5,), (3, 4), (2, 3, 4), (2, 3, 2, 2), (0,), (3, 0)]
