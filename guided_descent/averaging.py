@@ -1,6 +1,6 @@
 # Generated from chapters/16_averaging.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 7a6472f7
+# %% head 4c985699
 """Chapter 16, Averaging."""
 
 __all__ = [
@@ -313,7 +313,7 @@ class _Averaged(Optimizer):
     replaces_schedule = True
     _warned = False
 
-    # %% 16_averaging sec-av-gpa 6 b99baa23
+    # %% 16_averaging sec-av-schedule-free 5 b99baa23
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         clocks = {"step": torch.zeros(())}
         for name in self.clocks[1:]:
@@ -339,7 +339,7 @@ class _Averaged(Optimizer):
             param_group = {**param_group, "train_mode": self.param_groups[0]["train_mode"]}
         super(_Averaged, self).add_param_group(param_group)
 
-    # %% 16_averaging sec-av-gpa 7 3560bf69
+    # %% 16_averaging sec-av-schedule-free 6 3560bf69
     def _begun(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Parameters of a group, each with its state, that have taken a step."""
         for p in group["params"] if self._method(group) is self else ():
@@ -398,7 +398,7 @@ class _Averaged(Optimizer):
                     stacklevel=4,
                 )
 
-    # %% 16_averaging sec-av-gpa 9 61a215b1
+    # %% 16_averaging sec-av-schedule-free 8 61a215b1
     @staticmethod
     def fused(p: list[Tensor], g: list[Tensor], s: Any, h: Any) -> None:
         """Torch's kernel steps z, while the parameter is x."""
@@ -422,7 +422,14 @@ class _Averaged(Optimizer):
                 a.copy_(torch.where(h.found_inf.bool(), before, a))
 
 
-# %% 16_averaging sec-av-schedule-free 2 f2512c09
+# %% 16_averaging sec-av-schedule-free 2 51341ac2
+def _weights(h: Any) -> None:
+    """How far from y to z the old x lies, and how far from there the new y."""
+    h.back = 1 - 1 / h.beta if h.beta else 0.0
+    h.on = 1 - h.beta * (1 - h.c)
+
+
+# %% 16_averaging sec-av-schedule-free 3 f2512c09
 def _average(y: Tensor, u: Tensor, s: Any, h: Any) -> None:
     """Step z against u, then x after z, then y between; β and c are in ``h``."""
     alone = hasattr(s, "x")  # β = 0: the parameter is z
@@ -438,14 +445,46 @@ def _average(y: Tensor, u: Tensor, s: Any, h: Any) -> None:
         x.add_(s.z - x, alpha=h.on)
 
 
-# %% 16_averaging sec-av-schedule-free 3 51341ac2
-def _weights(h: Any) -> None:
-    """How far from y to z the old x lies, and how far from there the new y."""
-    h.back = 1 - 1 / h.beta if h.beta else 0.0
-    h.on = 1 - h.beta * (1 - h.c)
+# %% 16_averaging sec-av-schedule-free 4 070a6ac1
+def _number(x: Any) -> Any:
+    """A tensor's number, where to read it means to wait for nobody."""
+    if isinstance(x, Tensor) and x.device.type == "cpu":
+        return x.detach().squeeze().numpy().item()
+    return x
 
 
-# %% 16_averaging sec-av-schedule-free 4 ffcb7dc4
+# %% 16_averaging sec-av-schedule-free 7 91fc0531
+def _parts(p: list[Tensor]) -> Iterator[slice]:
+    """One by one on a CPU, where a tensor then stays in the cache; else chunks."""
+    start, size = 0, 0
+    for i, x in enumerate(p):
+        size += x.numel()
+        if x.device.type == "cpu" or size > CHUNK or i == len(p) - 1:
+            yield slice(start, i + 1)
+            start, size = i + 1, 0
+
+def _kernel(
+    z: list[Tensor], g: list[Tensor], s: Any, some: slice, lr: Any, decay: Any, h: Any
+) -> None:
+    lr = lr.float() if isinstance(lr, Tensor) else lr
+    shared = {"lr": lr, "weight_decay": decay, "found_inf": h.found_inf}
+    if not hasattr(s, "exp_avg_sq"):
+        shared |= {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
+        shared |= {"maximize": h.maximize, "is_first_step": False}
+        torch._fused_sgd_(z, g, [], **shared)
+        return
+    maximize, beta1, m = h.maximize, 0.0, g
+    if hasattr(s, "exp_avg"):
+        beta1, m = h.betas[0], s.exp_avg[some]
+    elif maximize:  # with β₁ = 0 the kernel writes g over g, and must not write −g
+        maximize, m = False, torch._foreach_neg(g)
+        g = m
+    shared |= {"beta1": beta1, "beta2": h.betas[1], "eps": h.eps, "amsgrad": False}
+    v, steps = s.exp_avg_sq[some], s.step[some]
+    torch._fused_adamw_(z, g, m, v, [], steps, maximize=maximize, **shared)
+
+
+# %% 16_averaging sec-av-schedule-free 9 ffcb7dc4
 def _weigh(h: Any) -> None:
     """The weight c of the newest z in a mean where ``step``-th weighs tʳ · lr_maxᵖ."""
     h.step_size = h.lr
@@ -458,7 +497,7 @@ def _weigh(h: Any) -> None:
     _weights(h)
 
 
-# %% 16_averaging sec-av-schedule-free 5 0a9bff08
+# %% 16_averaging sec-av-schedule-free 10 0a9bff08
 def _larger(a: Any, b: Any) -> Any:
     """The larger of two, of which any may be a tensor; nobody waits for it."""
     if not (isinstance(a, Tensor) or isinstance(b, Tensor)):
@@ -472,7 +511,7 @@ def _smaller(a: Any, b: Any) -> Any:
     return -_larger(-a, -b)
 
 
-# %% 16_averaging sec-av-schedule-free 6 28cea2ad
+# %% 16_averaging sec-av-schedule-free 11 28cea2ad
 class ScheduleFreeSGD(_Averaged):
     """SGD without a schedule: a growing average takes the place of decay.
 
@@ -539,7 +578,11 @@ class ScheduleFreeSGD(_Averaged):
         defaults |= {"weight_lr_power": weight_lr_power, "decay_at": decay_at}
         super().__init__(params, defaults, **options)
 
-    # %% 16_averaging sec-av-schedule-free 7 ab7372d4
+    # %% 16_averaging sec-av-schedule-free 12 12db6b76
+    def _means(self, h: Any) -> list[str]:
+        return []
+
+    # %% 16_averaging sec-av-schedule-free 13 ab7372d4
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         _average(p, g, s, h)
@@ -549,12 +592,8 @@ class ScheduleFreeSGD(_Averaged):
         h.beta = h.momentum
         _weigh(h)
 
-    # %% 16_averaging sec-av-gpa 3 12db6b76
-    def _means(self, h: Any) -> list[str]:
-        return []
 
-
-# %% 16_averaging sec-av-schedule-free 8 6dcd291c
+# %% 16_averaging sec-av-schedule-free 14 6dcd291c
 class ScheduleFreeAdamW(_Averaged):
     """AdamW without a schedule: a growing average takes the place of decay.
 
@@ -624,7 +663,11 @@ class ScheduleFreeAdamW(_Averaged):
         defaults |= {"weight_lr_power": weight_lr_power, "decay_at": decay_at}
         super().__init__(params, defaults, **options)
 
-    # %% 16_averaging sec-av-schedule-free 10 bd75757a
+    # %% 16_averaging sec-av-schedule-free 15 007c4652
+    def _means(self, h: Any) -> list[str]:
+        return ["exp_avg_sq"]
+
+    # %% 16_averaging sec-av-schedule-free 17 bd75757a
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         _average(p, _adam_direction(g, s, h), s, h)
@@ -635,12 +678,8 @@ class ScheduleFreeAdamW(_Averaged):
         h.root_correction = (1 - h.betas[1] ** h.step) ** 0.5
         _weigh(h)
 
-    # %% 16_averaging sec-av-gpa 4 007c4652
-    def _means(self, h: Any) -> list[str]:
-        return ["exp_avg_sq"]
 
-
-# %% 16_averaging sec-av-schedule-free 9 55a4a933
+# %% 16_averaging sec-av-schedule-free 16 55a4a933
 def _adam_direction(g: Tensor, s: Any, h: Any) -> Tensor:
     """Adam's step, up to −lr; without memory of g itself where β₁ is left out."""
     v = s.exp_avg_sq.mul_(h.betas[1]).addcmul_(g, g, value=1 - h.betas[1])
@@ -713,7 +752,13 @@ class GPA(_Averaged):
         defaults |= {"weight_decay": weight_decay, "base": base, "decay_at": decay_at}
         super().__init__(params, defaults | {"train_mode": True}, **options)
 
-    # %% 16_averaging sec-av-gpa 2 40151143
+    # %% 16_averaging sec-av-gpa 2 f5f1d56a
+    def _means(self, h: Any) -> list[str]:
+        if h.base == "sgd":
+            return []
+        return ["exp_avg"] * bool(h.betas[0]) + ["exp_avg_sq"]
+
+    # %% 16_averaging sec-av-gpa 3 40151143
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         u = _adam_direction(g, s, h) if h.base == "adamw" else g
@@ -725,46 +770,3 @@ class GPA(_Averaged):
         h.mean_correction = 1 - h.betas[0] ** h.step
         h.root_correction = (1 - h.betas[1] ** h.step) ** 0.5
         _weights(h)
-
-    # %% 16_averaging sec-av-gpa 5 f5f1d56a
-    def _means(self, h: Any) -> list[str]:
-        if h.base == "sgd":
-            return []
-        return ["exp_avg"] * bool(h.betas[0]) + ["exp_avg_sq"]
-
-
-# %% 16_averaging sec-av-gpa 8 f0d1d556
-def _number(x: Any) -> Any:
-    """A tensor's number, where to read it means to wait for nobody."""
-    if isinstance(x, Tensor) and x.device.type == "cpu":
-        return x.detach().squeeze().numpy().item()
-    return x
-
-def _parts(p: list[Tensor]) -> Iterator[slice]:
-    """One by one on a CPU, where a tensor then stays in the cache; else chunks."""
-    start, size = 0, 0
-    for i, x in enumerate(p):
-        size += x.numel()
-        if x.device.type == "cpu" or size > CHUNK or i == len(p) - 1:
-            yield slice(start, i + 1)
-            start, size = i + 1, 0
-
-def _kernel(
-    z: list[Tensor], g: list[Tensor], s: Any, some: slice, lr: Any, decay: Any, h: Any
-) -> None:
-    lr = lr.float() if isinstance(lr, Tensor) else lr
-    shared = {"lr": lr, "weight_decay": decay, "found_inf": h.found_inf}
-    if not hasattr(s, "exp_avg_sq"):
-        shared |= {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
-        shared |= {"maximize": h.maximize, "is_first_step": False}
-        torch._fused_sgd_(z, g, [], **shared)
-        return
-    maximize, beta1, m = h.maximize, 0.0, g
-    if hasattr(s, "exp_avg"):
-        beta1, m = h.betas[0], s.exp_avg[some]
-    elif maximize:  # with β₁ = 0 the kernel writes g over g, and must not write −g
-        maximize, m = False, torch._foreach_neg(g)
-        g = m
-    shared |= {"beta1": beta1, "beta2": h.betas[1], "eps": h.eps, "amsgrad": False}
-    v, steps = s.exp_avg_sq[some], s.step[some]
-    torch._fused_adamw_(z, g, m, v, [], steps, maximize=maximize, **shared)
