@@ -39,6 +39,14 @@ def ademamix(params: list[torch.Tensor]) -> torch.optim.Optimizer:
     return AdEMAMix(params, lr=1e-3)
 
 
+def schedule_free(params: list[torch.Tensor]) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(params, lr=1e-3)
+    optimizer.train()
+    return optimizer
+
+
 PEERS = [
     Pair(
         "SGD momentum",
@@ -55,4 +63,12 @@ PEERS = [
     Pair("NAdam", gd.NAdam, "torch default", lambda p: torch.optim.NAdam(p, lr=1e-3), copies(2)),
     Pair("Adafactor", gd.Adafactor, "torch default", lambda p: torch.optim.Adafactor(p, lr=1e-3), rows_and_columns),
     Pair("AdEMAMix", gd.AdEMAMix, "pytorch_optimizer", ademamix, copies(3)),
+    Pair("ScheduleFreeAdamW", gd.ScheduleFreeAdamW, "schedulefree", schedule_free, copies(2)),
+    Pair(
+        "ScheduleFreeAdamW, as AdamW",
+        gd.ScheduleFreeAdamW,
+        "torch fused AdamW",
+        lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+        copies(2),
+    ),
 ]
