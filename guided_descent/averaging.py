@@ -1,6 +1,6 @@
 # Generated from chapters/16_averaging.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4c985699
+# %% head f4aeae32
 """Chapter 16, Averaging."""
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 
-# %% 16_averaging sec-av-mean 1 99d0c6c3
+# %% 16_averaging sec-av-mean 1 232df857
 import contextlib
 import warnings
 from collections import deque
@@ -45,7 +45,7 @@ class _Average:
 
     @staticmethod
     def _copy(p: Tensor) -> Tensor:
-        """In single precision at least: a mean of many moves by less than 16 bits see."""
+        """In single precision at least: a mean of many moves by less than 16 bits."""
         dtype = wide(p.dtype) if _averaged(p) else p.dtype
         return p.detach().to(dtype, copy=True)
 
@@ -53,7 +53,7 @@ class _Average:
         return list(self.model.named_parameters())
 
     def _tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Everything that is averaged or copied: the model's, and what is kept of it."""
+        """All that is averaged or copied: the model's, and what is kept of it."""
         model = dict(self._parameters()), dict(self.model.named_buffers())
         pairs = {}
         for own, kept in zip(model, (self.average, self.buffers), strict=True):
@@ -67,8 +67,8 @@ class _Average:
 
     def _check_shape(self, name: str, x: Tensor, kept: Tensor) -> None:
         if x.shape != kept.shape:
-            told = f"{name!r} has shape {tuple(x.shape)}, its average {tuple(kept.shape)}"
-            kind = type(self).__name__
+            told = f"{name!r} has shape {tuple(x.shape)}"
+            told, kind = f"{told}, its average {tuple(kept.shape)}", type(self).__name__
             raise ValueError(f"{told}; build a new {kind} after changing the model")
 
     def _outside(self, what: str) -> None:
@@ -398,7 +398,7 @@ class _Averaged(Optimizer):
                     stacklevel=4,
                 )
 
-    # %% 16_averaging sec-av-schedule-free 8 61a215b1
+    # %% 16_averaging sec-av-schedule-free 8 04574e7a
     @staticmethod
     def fused(p: list[Tensor], g: list[Tensor], s: Any, h: Any) -> None:
         """Torch's kernel steps z, while the parameter is x."""
@@ -414,7 +414,8 @@ class _Averaged(Optimizer):
             if not alone:
                 x.lerp_(Batch(z), back)
             if decay and not alone and h.decay_at == "y":  # of y as it was, from x and z
-                Batch(z).mul_(1 - lr * decay * (1 - h.beta)).add_(x, alpha=-lr * decay * h.beta)
+                rate = lr * decay
+                Batch(z).mul_(1 - rate * (1 - h.beta)).add_(x, alpha=-rate * h.beta)
             inside = decay if alone or h.decay_at == "z" else 0.0
             _kernel(z, g[some], s, some, lr, inside, h)
             x.lerp_(Batch(z), c if alone else on)
@@ -511,7 +512,7 @@ def _smaller(a: Any, b: Any) -> Any:
     return -_larger(-a, -b)
 
 
-# %% 16_averaging sec-av-schedule-free 11 28cea2ad
+# %% 16_averaging sec-av-schedule-free 11 ca5c4cb3
 class ScheduleFreeSGD(_Averaged):
     """SGD without a schedule: a growing average takes the place of decay.
 
@@ -523,9 +524,9 @@ class ScheduleFreeSGD(_Averaged):
         y ← momentum · x + (1 − momentum) z
 
     In training the parameters are y. ``eval()`` puts x in their place, ``train()`` puts
-    y back, bit by bit; both may be called twice. In between y is kept as well. A step in
-    evaluation is refused. Checkpoints of either mode load; the model's must be of the
-    same mode. What is written into the parameters in evaluation is lost.
+    y back, bit by bit; both may be called twice. In between y is kept beside z. A step
+    in evaluation is refused. Checkpoints of either mode load; the model's must be of
+    the same mode. What is written into the parameters in evaluation is lost.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
@@ -593,7 +594,7 @@ class ScheduleFreeSGD(_Averaged):
         _weigh(h)
 
 
-# %% 16_averaging sec-av-schedule-free 14 6dcd291c
+# %% 16_averaging sec-av-schedule-free 14 d9fdcb80
 class ScheduleFreeAdamW(_Averaged):
     """AdamW without a schedule: a growing average takes the place of decay.
 
@@ -607,9 +608,9 @@ class ScheduleFreeAdamW(_Averaged):
         y ← β₁ x + (1 − β₁) z
 
     In training the parameters are y. ``eval()`` puts x in their place, ``train()`` puts
-    y back, bit by bit; both may be called twice. In between y is kept as well. A step in
-    evaluation is refused. Checkpoints of either mode load; the model's must be of the
-    same mode. What is written into the parameters in evaluation is lost.
+    y back, bit by bit; both may be called twice. In between y is kept beside z. A step
+    in evaluation is refused. Checkpoints of either mode load; the model's must be of
+    the same mode. What is written into the parameters in evaluation is lost.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
@@ -689,7 +690,7 @@ def _adam_direction(g: Tensor, s: Any, h: Any) -> Tensor:
     return g / root
 
 
-# %% 16_averaging sec-av-gpa 1 cb4f3ab1
+# %% 16_averaging sec-av-gpa 1 430794a9
 class GPA(_Averaged):
     """Generalized primal averaging: two numbers between EMA, heavy ball and Nesterov.
 
@@ -703,9 +704,9 @@ class GPA(_Averaged):
     lr (1 − mu_x), and mu_y = mu_x Nesterov's method. It does not replace a schedule.
 
     In training the parameters are y. ``eval()`` puts x in their place, ``train()`` puts
-    y back, bit by bit; both may be called twice. In between y is kept as well. A step in
-    evaluation is refused. Checkpoints of either mode load; the model's must be of the
-    same mode. What is written into the parameters in evaluation is lost.
+    y back, bit by bit; both may be called twice. In between y is kept beside z. A step
+    in evaluation is refused. Checkpoints of either mode load; the model's must be of
+    the same mode. What is written into the parameters in evaluation is lost.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
