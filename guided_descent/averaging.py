@@ -1,6 +1,6 @@
 # Generated from chapters/16_averaging.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f4aeae32
+# %% head 200cfb08
 """Chapter 16, Averaging."""
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 
-# %% 16_averaging sec-av-mean 1 232df857
+# %% 16_averaging sec-av-mean 1 500ef89f
 import contextlib
 import warnings
 from collections import deque
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_descent.core import Optimizer, Options, check_choice, check_range, wide
-from guided_descent.engines import CHUNK, Batch, Names, plain
+from guided_descent.engines import CHUNK, Batch, plain
 
 
 def _averaged(x: Tensor) -> bool:
@@ -398,26 +398,28 @@ class _Averaged(Optimizer):
                     stacklevel=4,
                 )
 
-    # %% 16_averaging sec-av-schedule-free 8 04574e7a
+    # %% 16_averaging sec-av-schedule-free 8 2908d1b7
     @staticmethod
     def fused(p: list[Tensor], g: list[Tensor], s: Any, h: Any) -> None:
         """Torch's kernel steps z, while the parameter is x."""
         names = ("step_size", "c", "back", "on")
         lr, c, back, on = (_number(vars(h)[name]) for name in names)
         alone, decay = hasattr(s, "x"), h.weight_decay
-        for some in _parts(p):
-            y, z = p[some], (p if alone else s.z)[some]
-            x = Batch(s.x[some] if alone else y)
+        kinds = [name for name in ("exp_avg", "exp_avg_sq") if hasattr(s, name)]
+        lists = [p, s.x if alone else s.z, g, *(vars(s)[name] for name in kinds)]
+        for y, other, some_g, *moments in _parts(*lists):
+            z, x = (y, Batch(other)) if alone else (other, Batch(y))
             kept = []
             if h.found_inf is not None:  # the kernel undoes its own part alone
-                kept = [(a, a.clone()) for a in {*x.tensors, *z}]
+                kept = [(a, a.clone()) for a in (*x.tensors, *z)]
             if not alone:
                 x.lerp_(Batch(z), back)
             if decay and not alone and h.decay_at == "y":  # of y as it was, from x and z
                 rate = lr * decay
                 Batch(z).mul_(1 - rate * (1 - h.beta)).add_(x, alpha=-rate * h.beta)
             inside = decay if alone or h.decay_at == "z" else 0.0
-            _kernel(z, g[some], s, some, lr, inside, h)
+            means = dict(zip(kinds, moments, strict=True)) | {"step": s.step[0]}
+            _kernel(z, some_g, means, lr, inside, h)
             x.lerp_(Batch(z), c if alone else on)
             for a, before in kept:
                 a.copy_(torch.where(h.found_inf.bool(), before, a))
@@ -454,34 +456,35 @@ def _number(x: Any) -> Any:
     return x
 
 
-# %% 16_averaging sec-av-schedule-free 7 91fc0531
-def _parts(p: list[Tensor]) -> Iterator[slice]:
-    """One by one on a CPU, where a tensor then stays in the cache; else chunks."""
-    start, size = 0, 0
-    for i, x in enumerate(p):
+# %% 16_averaging sec-av-schedule-free 7 ac19d02f
+def _parts(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """Lists one by one on a CPU, where a tensor then stays in the cache; else chunks."""
+    start = size = 0
+    for i, x in enumerate(lists[0]):
         size += x.numel()
-        if x.device.type == "cpu" or size > CHUNK or i == len(p) - 1:
-            yield slice(start, i + 1)
+        if x.device.type == "cpu" or size > CHUNK or i + 1 == len(lists[0]):
+            yield [some[start : i + 1] for some in lists]
             start, size = i + 1, 0
 
+
 def _kernel(
-    z: list[Tensor], g: list[Tensor], s: Any, some: slice, lr: Any, decay: Any, h: Any
+    z: list[Tensor], g: list[Tensor], means: dict[str, Any], lr: Any, decay: Any, h: Any
 ) -> None:
     lr = lr.float() if isinstance(lr, Tensor) else lr
     shared = {"lr": lr, "weight_decay": decay, "found_inf": h.found_inf}
-    if not hasattr(s, "exp_avg_sq"):
+    if "exp_avg_sq" not in means:
         shared |= {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
         shared |= {"maximize": h.maximize, "is_first_step": False}
         torch._fused_sgd_(z, g, [], **shared)
         return
     maximize, beta1, m = h.maximize, 0.0, g
-    if hasattr(s, "exp_avg"):
-        beta1, m = h.betas[0], s.exp_avg[some]
+    if "exp_avg" in means:
+        beta1, m = h.betas[0], means["exp_avg"]
     elif maximize:  # with β₁ = 0 the kernel writes g over g, and must not write −g
         maximize, m = False, torch._foreach_neg(g)
         g = m
     shared |= {"beta1": beta1, "beta2": h.betas[1], "eps": h.eps, "amsgrad": False}
-    v, steps = s.exp_avg_sq[some], s.step[some]
+    v, steps = means["exp_avg_sq"], [means["step"]] * len(z)
     torch._fused_adamw_(z, g, m, v, [], steps, maximize=maximize, **shared)
 
 

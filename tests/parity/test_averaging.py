@@ -31,7 +31,7 @@ def run(build, steps, engine=None):
     curvature = [torch.rand(s, generator=generator, dtype=torch.float64) for s in SHAPES]
     optimizer = build(params)
     optimizer.train()
-    for t in range(steps):
+    for _ in range(steps):
         for p, c in zip(params, curvature, strict=True):
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             p.grad = c * p.detach() + 0.1 * noise
@@ -85,4 +85,5 @@ def test_model_averages_are_torchs(polyak):
         ours.update()
         theirs.update_parameters(model)
     with ours.swap():
-        close(list(model.parameters()), list(theirs.module.parameters()), 1e-8 if polyak else 1e-13)  # torch counts in fp32
+        tolerance = 1e-8 if polyak else 1e-13  # torch counts in single precision
+        close(list(model.parameters()), list(theirs.module.parameters()), tolerance)
