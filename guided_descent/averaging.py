@@ -1,6 +1,6 @@
 # Generated from chapters/16_averaging.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 200cfb08
+# %% head 4a560c94
 """Chapter 16, Averaging."""
 
 __all__ = [
@@ -339,7 +339,7 @@ class _Averaged(Optimizer):
             param_group = {**param_group, "train_mode": self.param_groups[0]["train_mode"]}
         super(_Averaged, self).add_param_group(param_group)
 
-    # %% 16_averaging sec-av-schedule-free 6 3560bf69
+    # %% 16_averaging sec-av-schedule-free 6 1c8a0cd7
     def _begun(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Parameters of a group, each with its state, that have taken a step."""
         for p in group["params"] if self._method(group) is self else ():
@@ -375,7 +375,7 @@ class _Averaged(Optimizer):
             RuntimeError: In evaluation. Nothing has changed then.
         """
         if not all(group["train_mode"] for group in self.param_groups):
-            told = f"{type(self).__name__} is in evaluation: the parameters are x"
+            told = f"{type(self).__name__} is in evaluation, its parameters are x"
             raise RuntimeError(f"{told}; call optimizer.train() before step()")
         if self.replaces_schedule:
             self._watch()
@@ -456,9 +456,9 @@ def _number(x: Any) -> Any:
     return x
 
 
-# %% 16_averaging sec-av-schedule-free 7 ac19d02f
+# %% 16_averaging sec-av-schedule-free 7 6638cb65
 def _parts(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """Lists one by one on a CPU, where a tensor then stays in the cache; else chunks."""
+    """Lists one by one on a CPU, so that a tensor stays in the cache; else in chunks."""
     start = size = 0
     for i, x in enumerate(lists[0]):
         size += x.numel()

@@ -424,3 +424,13 @@ def test_variance_of_an_exponential_average(mu, a):
     V = torch.linalg.solve(torch.eye(4, dtype=torch.float64) - torch.kron(A, A), torch.outer(b, b).flatten())
     ratio = (1 - mu) / (1 + mu) * (1 + a * mu) / (1 - a * mu)
     assert math.isclose(V[0] / V[3], ratio, rel_tol=1e-9)
+
+
+@every_method
+def test_fused_with_numbers_on_the_device(name, monkeypatch):
+    """As on a GPU, where they are tensors and nobody reads them."""
+    monkeypatch.setattr("guided_descent.averaging._number", lambda x: x)
+    params, others = parameters(torch.float32), parameters(torch.float32)
+    for engine, own in (("fused", params), ("loop", others)):
+        steps(METHODS[name](own, weight_decay=0.1, engine=engine), own, range(5))
+    close(values(params), values(others), 1e-5)
