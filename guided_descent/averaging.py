@@ -1,6 +1,6 @@
 # Generated from chapters/16_averaging.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 4a560c94
+# %% head 675ba28c
 """Chapter 16, Averaging."""
 
 __all__ = [
@@ -456,9 +456,9 @@ def _number(x: Any) -> Any:
     return x
 
 
-# %% 16_averaging sec-av-schedule-free 7 6638cb65
+# %% 16_averaging sec-av-schedule-free 7 5a22debe
 def _parts(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """Lists one by one on a CPU, so that a tensor stays in the cache; else in chunks."""
+    """Lists one by one on a CPU, so that a tensor stays in the cache; else chunks."""
     start = size = 0
     for i, x in enumerate(lists[0]):
         size += x.numel()
