@@ -52,6 +52,12 @@ def lion(params: list[torch.Tensor]) -> torch.optim.Optimizer:
     from lion_pytorch import Lion
 
     return Lion(params, lr=1e-3)
+def schedule_free(params: list[torch.Tensor]) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(params, lr=1e-3)
+    optimizer.train()
+    return optimizer
 
 
 PEERS = [
@@ -73,4 +79,12 @@ PEERS = [
     Pair("Lion", gd.Lion, "pytorch_optimizer", theirs("Lion"), copies(1)),
     Pair("Lion", gd.Lion, "lion-pytorch", lion, copies(1)),
     Pair("Signum", gd.Signum, "pytorch_optimizer", theirs("SignSGD"), copies(1)),
+    Pair("ScheduleFreeAdamW", gd.ScheduleFreeAdamW, "schedulefree", schedule_free, copies(2)),
+    Pair(
+        "ScheduleFreeAdamW, as AdamW",
+        gd.ScheduleFreeAdamW,
+        "torch fused AdamW",
+        lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+        copies(2),
+    ),
 ]

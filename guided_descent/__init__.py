@@ -3,6 +3,7 @@
 # %% head dda55c9b
 # %% head f95b8c82
 # %% head f013ddb9
+# %% head 7ae164dd
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -13,6 +14,14 @@ from guided_descent.adaptive import (
     AdamW,
     NAdam,
     RMSprop,
+)
+from guided_descent.averaging import (
+    EMA,
+    GPA,
+    LAWA,
+    Polyak,
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
 )
 from guided_descent import capture as capture
 from guided_descent.core import (
@@ -91,9 +100,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BFGS",
     "EKFAC",
+    "EMA",
     "FOOF",
     "GGN",
+    "GPA",
     "KFAC",
+    "LAWA",
     "LBFGS",
     "SGD",
     "SOAP",
@@ -119,7 +131,10 @@ __all__ = [
     "Optimizer",
     "Options",
     "PSGDKron",
+    "Polyak",
     "RMSprop",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "Scion",
     "Shampoo",
     "SignSGD",

@@ -39,6 +39,7 @@ def page(book: Book, docname: str) -> str:
 #: What a module holds, for a reader who looks for something.
 MODULES = {
     "adaptive": "a step size for each number, from its own past: Adam and its relatives",
+    "averaging": "averages of weights, and methods built on them",
     "book": "what the chapters use: checks, seeds, training loops, figures",
     "capture": "what a layer sees: its inputs and the gradients at its outputs",
     "core": "the base of every optimizer: options, ranges, state, checkpoints",

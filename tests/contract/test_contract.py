@@ -115,6 +115,17 @@ CASES = {
         gd.KLShampoo, None, {"eps": 0.1, "precondition_every": 2}, [*BAD_BETAS, {"max_dim": 1.5}], spreads=False
     ),
     "PSGDKron": Case(gd.PSGDKron, None, {}, [*BAD_BETAS, {"preconditioner_lr": 0.0}, {"clip": 0.0}], spreads=False),
+    "ScheduleFreeSGD": Case(
+        gd.ScheduleFreeSGD, None, {}, [{"momentum": 1.5}, {"warmup_steps": -1}, {"warmup_steps": 0.5}, {"r": -1.0}]
+    ),
+    "ScheduleFreeSGD-polyak": Case(gd.ScheduleFreeSGD, None, {"momentum": 0.0, "warmup_steps": 2, "r": 1.0}),
+    "ScheduleFreeAdamW": Case(
+        gd.ScheduleFreeAdamW, None, {}, [{"betas": (1.5, 0.9)}, {"betas": (0.9, 1.0)}, {"eps": -1.0}, {"r": -1.0}]
+    ),
+    "ScheduleFreeAdamW-polyak": Case(gd.ScheduleFreeAdamW, None, {"betas": (0.0, 0.9), "warmup_steps": 2}),
+    "GPA": Case(gd.GPA, None, {}, [{"mu_x": 1.0}, {"mu_y": 1.5}, *BAD_BETAS, {"weight_decay": -1.0}]),
+    "GPA-plain": Case(gd.GPA, None, {"betas": (0.0, 0.9), "mu_x": 0.9, "mu_y": 0.8}),
+    "GPA-sgd": Case(gd.GPA, None, {"base": "sgd", "mu_x": 0.9, "mu_y": 1.0}),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (1,), (5,), (3, 4), (2, 3, 4), (2, 3, 2, 2), (0,), (3, 0)]
