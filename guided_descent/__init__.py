@@ -1,9 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head dda55c9b
-# %% head f95b8c82
-# %% head f013ddb9
-# %% head 7ae164dd
+# %% head 3164a71e
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
