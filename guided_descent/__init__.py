@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 948aef58
+# %% head c6002443
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -45,6 +45,7 @@ from guided_descent.kfac import (
 from guided_descent import layers as layers
 from guided_descent import layerwise as layerwise
 from guided_descent import likelihoods as likelihoods
+from guided_descent.modular import ModularDescent
 from guided_descent.muon import (
     Muon,
     Scion,
@@ -97,6 +98,7 @@ __all__ = [
     "Hessian",
     "Jacobian",
     "KLShampoo",
+    "ModularDescent",
     "Muon",
     "NAdam",
     "NaturalGradient",
