@@ -39,6 +39,21 @@ def ademamix(params: list[torch.Tensor]) -> torch.optim.Optimizer:
     return AdEMAMix(params, lr=1e-3)
 
 
+def theirs(name: str, **arguments: Any) -> Callable[[list[torch.Tensor]], torch.optim.Optimizer]:
+    def build(params: list[torch.Tensor]) -> torch.optim.Optimizer:
+        import pytorch_optimizer
+
+        return getattr(pytorch_optimizer, name)(params, lr=1e-3, **arguments)
+
+    return build
+
+
+def lion(params: list[torch.Tensor]) -> torch.optim.Optimizer:
+    from lion_pytorch import Lion
+
+    return Lion(params, lr=1e-3)
+
+
 PEERS = [
     Pair(
         "SGD momentum",
@@ -55,4 +70,7 @@ PEERS = [
     Pair("NAdam", gd.NAdam, "torch default", lambda p: torch.optim.NAdam(p, lr=1e-3), copies(2)),
     Pair("Adafactor", gd.Adafactor, "torch default", lambda p: torch.optim.Adafactor(p, lr=1e-3), rows_and_columns),
     Pair("AdEMAMix", gd.AdEMAMix, "pytorch_optimizer", ademamix, copies(3)),
+    Pair("Lion", gd.Lion, "pytorch_optimizer", theirs("Lion"), copies(1)),
+    Pair("Lion", gd.Lion, "lion-pytorch", lion, copies(1)),
+    Pair("Signum", gd.Signum, "pytorch_optimizer", theirs("SignSGD"), copies(1)),
 ]

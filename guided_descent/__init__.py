@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c6002443
+# %% head f603b279
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -64,6 +64,14 @@ from guided_descent.noise import (
     noise_scale_from_batches,
     per_example_gradients,
 )
+from guided_descent.norms import (
+    Lion,
+    NormalizedSGD,
+    SignSGD,
+    Signum,
+    dual_norm,
+    lmo,
+)
 from guided_descent.problems import GradientDescent
 from guided_descent.routing import param_groups
 from guided_descent.sgd import SGD
@@ -98,25 +106,31 @@ __all__ = [
     "Hessian",
     "Jacobian",
     "KLShampoo",
+    "Lion",
     "ModularDescent",
     "Muon",
     "NAdam",
     "NaturalGradient",
     "Newton",
     "NewtonCG",
+    "NormalizedSGD",
     "Optimizer",
     "Options",
     "PSGDKron",
     "RMSprop",
     "Scion",
     "Shampoo",
+    "SignSGD",
+    "Signum",
     "Sophia",
     "__version__",
     "critical_batch_size",
+    "dual_norm",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "hutchpp_trace",
     "lanczos",
+    "lmo",
     "newton_schulz_bounds",
     "noise_scale",
     "noise_scale_from_batches",

@@ -1,12 +1,11 @@
 # Generated from chapters/13_modular_norm.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e9d781ae
+# %% head ca11d41a
 """Chapter 13, The modular norm."""
 
 __all__ = [
     "BONDS",
     "LAYERS",
-    "RULERS",
     "Atom",
     "Bias",
     "Bond",
@@ -20,17 +19,13 @@ __all__ = [
     "Mul",
     "Read",
     "Rule",
-    "Ruler",
     "Sum",
     "matrix",
     "read",
-    "row_step",
-    "sign_step",
-    "spectral_step",
 ]
 
 
-# %% 13_modular_norm sec-mo-layer 1 2a2cea1d
+# %% 13_modular_norm sec-mo-layer 1 fe8c4c69
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -45,81 +40,9 @@ from guided_descent.core import (
     Options,
     check_choice,
     check_range,
-    wide,
 )
-from guided_descent.engines import matrixwise
 from guided_descent.muon import _check_preset, orthogonal
-
-
-def _unit(G: Tensor, dims: Any) -> Tensor:
-    """Over its norm along some dimensions; zero stays zero, no square overflows."""
-    X = G.to(wide(G.dtype))
-    for order in (torch.inf, 2):
-        size = torch.linalg.vector_norm(X, order, dims, keepdim=True)
-        X = X / torch.where(size == 0, 1, size)
-    return X
-
-
-# %% 13_modular_norm sec-mo-layer 2 3457adcb
-@matrixwise
-def spectral_step(G: Tensor, preset: Any = "svd") -> Tensor:
-    """``√(m/n) · U Vᵀ`` of (…, m, n); exact where a side is one."""
-    m, n = G.shape[-2:]
-    if min(m, n) > 1:
-        return orthogonal(G, preset, "scion")
-    return ((m / n) ** 0.5 * _unit(G, (-2, -1))).to(G.dtype)
-
-
-@matrixwise
-def row_step(G: Tensor, preset: Any = None) -> Tensor:
-    """Each row over its root mean square."""
-    return (G.shape[-1] ** 0.5 * _unit(G, (-1,))).to(G.dtype)
-
-
-@matrixwise
-def sign_step(G: Tensor, preset: Any = None) -> Tensor:
-    """Signs."""
-    return G.sign()
-
-
-# %% 13_modular_norm sec-mo-layer 3 5850a4db
-class Ruler(NamedTuple):
-    """A norm of matrices (…, m, n): its size, its dual, and the best step."""
-
-    size: Callable[[Tensor], Tensor]
-    dual: Callable[[Tensor], Tensor]
-    step: Callable[..., Tensor]
-
-
-def _spectral(W: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(W, 2) * (W.shape[-1] / W.shape[-2]) ** 0.5
-
-
-def _nuclear(G: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(G, "nuc") * (G.shape[-2] / G.shape[-1]) ** 0.5
-
-
-def _longest(W: Tensor) -> Tensor:
-    return W.square().mean(-1).sqrt().amax(-1)
-
-
-def _rows(G: Tensor) -> Tensor:
-    return G.shape[-1] ** 0.5 * torch.linalg.vector_norm(G, dim=-1).sum(-1)
-
-
-#: The norms of layers by name.
-RULERS = {
-    "spectral": Ruler(_spectral, _nuclear, spectral_step),
-    "rows": Ruler(_longest, _rows, row_step),
-    "entries": Ruler(
-        lambda W: W.abs().amax((-2, -1)), lambda G: G.abs().sum((-2, -1)), sign_step
-    ),
-}
-
-
-def matrix(x: Tensor) -> Tensor:
-    """A weight as its ruler sees it: a vector as a column, a convolution flat."""
-    return x.reshape(-1, 1) if x.dim() < 2 else x.flatten(1)
+from guided_descent.norms import NORMS
 
 
 # %% 13_modular_norm sec-mo-compose 1 428d7d5e
@@ -207,7 +130,12 @@ class Module(nn.Module):
         return [r for M, f in self.parts() for r in M.rates(f * target)]
 
 
-# %% 13_modular_norm sec-mo-compose 4 68cbd421
+# %% 13_modular_norm sec-mo-compose 4 64922f63
+def matrix(x: Tensor) -> Tensor:
+    """A weight as its norm sees it: a vector as a column, a convolution flat."""
+    return x.reshape(-1, 1) if x.dim() < 2 else x.flatten(1)
+
+
 def _over(size: Tensor, fraction: float) -> Tensor:
     """What a part claims; one that may not move at all claims everything."""
     if fraction:
@@ -289,13 +217,13 @@ class Sum(Module):
         return self.one(x) + self.other(x)
 
 
-# %% 13_modular_norm sec-mo-compose 7 7eedba12
+# %% 13_modular_norm sec-mo-compose 7 a1e841a8
 class Atom(Module):
     """One weight, with its ruler.
 
     Args:
         weight: The parameter.
-        ruler: A name of ``RULERS``.
+        ruler: A name of ``NORMS`` (chapter 11).
         mass: How much of the learning it is to do, in [0, ∞).
         sensitivity: By how much its layer enlarges a change of its input, while the
             weight is at most one long.
@@ -305,7 +233,7 @@ class Atom(Module):
         self, weight: Tensor, ruler: str, mass: float = 1.0, sensitivity: float = 1.0
     ) -> None:
         super().__init__()
-        check_choice("ruler", ruler, RULERS)
+        check_choice("ruler", ruler, NORMS)
         check_range("mass", mass, "[0, inf)")
         self.weight, self.ruler = weight, ruler
         self.mass, self.sensitivity = mass, sensitivity
@@ -318,15 +246,15 @@ class Atom(Module):
 
     def norm(self, w: Iterable[Tensor]) -> Tensor:
         (w,) = w
-        return RULERS[self.ruler].size(matrix(w))
+        return NORMS[self.ruler].norm(matrix(w))
 
     def dual_norm(self, g: Iterable[Tensor]) -> Tensor:
         (g,) = g
-        return RULERS[self.ruler].dual(matrix(g))
+        return NORMS[self.ruler].dual(matrix(g))
 
     def dualize(self, g: Iterable[Tensor], target: float = 1.0) -> list[Tensor]:
         (g,) = g
-        return [target * RULERS[self.ruler].step(matrix(g)).view_as(g)]
+        return [-target * NORMS[self.ruler].lmo(matrix(g)).view_as(g)]
 
     def rates(self, target: float = 1.0) -> list[float]:
         return [target]
@@ -347,7 +275,8 @@ class Embed(Atom):
     """Rows by number, at first one long. ``W`` is (count, dim)."""
 
     def __init__(self, dim: int, count: int, mass: float = 1.0) -> None:
-        super().__init__(nn.Parameter(row_step(torch.randn(count, dim))), "rows", mass)
+        W = -NORMS["embedding"].lmo(torch.randn(count, dim))
+        super().__init__(nn.Parameter(W), "embedding", mass)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight[x]
@@ -359,7 +288,7 @@ class Bias(Atom):
     def __init__(self, weight: Tensor | int, mass: float = 1.0) -> None:
         if isinstance(weight, int):
             weight = nn.Parameter(torch.zeros(weight))
-        super().__init__(weight, "spectral", mass, sensitivity=0.0)
+        super().__init__(weight, "rms", mass, sensitivity=0.0)
 
     def forward(self, x: Any) -> Tensor:
         return self.weight
@@ -371,13 +300,13 @@ class Gain(Atom):
     def __init__(self, weight: Tensor | int, mass: float = 1.0) -> None:
         if isinstance(weight, int):
             weight = nn.Parameter(torch.ones(weight))
-        super().__init__(weight, "entries", mass)
+        super().__init__(weight, "max", mass)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x
 
 
-# %% 13_modular_norm sec-mo-model 1 4b5026dc
+# %% 13_modular_norm sec-mo-model 1 285fccaa
 class Read(Module):
     """A layer of torch that computes as before, with the norm of ``inner``."""
 
@@ -416,12 +345,12 @@ _D = (1, 2, 3)
 #: What multiplies, with the ruler of its weight.
 LAYERS: dict[type, str] = {
     nn.Linear: "spectral",
-    nn.Embedding: "rows",
+    nn.Embedding: "embedding",
     **{getattr(nn, f"Conv{d}d"): "spectral" for d in _D},
-    nn.LayerNorm: "entries",
-    nn.RMSNorm: "entries",
-    nn.GroupNorm: "entries",
-    **{getattr(nn, f"BatchNorm{d}d"): "entries" for d in _D},
+    nn.LayerNorm: "max",
+    nn.RMSNorm: "max",
+    nn.GroupNorm: "max",
+    **{getattr(nn, f"BatchNorm{d}d"): "max" for d in _D},
 }
 #: What has no weights: the largest slope, or how to find it.
 BONDS: dict[type, float | Callable[[Any], float]] = {
@@ -478,7 +407,7 @@ def read(
     return found
 
 
-# %% 13_modular_norm sec-mo-model 3 7e7022bc
+# %% 13_modular_norm sec-mo-model 3 8fbb901d
 def _inside(model: nn.Module) -> nn.Module:
     """What ``DistributedDataParallel`` and ``torch.compile`` wrap."""
     if not isinstance(model, nn.Module):
@@ -550,7 +479,7 @@ class _Reader:
                 raise ValueError(self.refusal(module, f" whose {name} is computed"))
         inner: Module = Bond(nn.Identity())
         if own["weight"] is not None:
-            mass = self.vector_mass if ruler == "entries" else 1.0
+            mass = self.vector_mass if ruler == "max" else 1.0
             inner = Atom(own["weight"], ruler, mass * own["weight"].requires_grad)
         if (bias := own["bias"]) is not None:
             inner = Sum(inner, Bias(bias, self.vector_mass * bias.requires_grad))
@@ -570,7 +499,7 @@ class _Reader:
                 raise ValueError(f"{told}; pass rules for {remedy}")
 
 
-# %% 13_modular_norm sec-mo-model 4 f3fe6287
+# %% 13_modular_norm sec-mo-model 4 5d49a253
 class ModularDescent(Optimizer):
     """Steepest descent under the modular norm of a network.
 
@@ -590,8 +519,8 @@ class ModularDescent(Optimizer):
         preset: How polar factors are computed; see ``polar``. Default
             ``"polar_express"``.
         rules, vector_mass: See ``read``.
-        norm: For parameters without a model: a name of ``RULERS``; vectors are
-            columns. Default ``"spectral"``.
+        norm: For parameters without a model: a name of ``NORMS`` (chapter 11);
+            vectors are columns. Default ``"spectral"``.
         rate: The same, in [0, ∞): the length of a step over lr. Default 1.
         **options: See ``Options``; ``nonfinite`` is ``"skip"`` by default.
 
@@ -632,23 +561,26 @@ class ModularDescent(Optimizer):
         defaults |= {"weight_decay": weight_decay, "preset": preset}
         super().__init__(params, {**defaults, "norm": norm, "rate": rate}, **options)
 
-    # %% 13_modular_norm sec-mo-model 5 6f748f3b
+    # %% 13_modular_norm sec-mo-model 5 ad9be182
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         m = s.momentum_buffer.lerp_(g, 1 - h.momentum)
         u = g.lerp(m, h.momentum) if h.nesterov else m
-        step = RULERS[h.norm].step(u, preset=h.preset)
+        if h.norm == "spectral":
+            d = orthogonal(u, h.preset, "scion")
+        else:
+            d = -NORMS[h.norm].lmo(u)
         if h.weight_decay:
             p.mul_(1 - h.lr * h.weight_decay)
-        p.add_(step, alpha=-h.lr * h.rate)
+        p.add_(d, alpha=-h.lr * h.rate)
 
-    # %% 13_modular_norm sec-mo-model 6 5afa341a
+    # %% 13_modular_norm sec-mo-model 6 b1359627
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super(ModularDescent, self)._check_group(group)
-        check_choice("norm", group["norm"], RULERS)
+        check_choice("norm", group["norm"], [x for x in NORMS if x != "conv"])
         check_choice("nesterov", group["nesterov"], (False, True))
         _check_preset(group["preset"])
 

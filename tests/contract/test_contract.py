@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import guided_descent as gd
 from guided_descent.core import ENGINES, Optimizer
 from guided_descent.examples import PlainMuon, PlainSOAP
+from guided_descent.norms import NormDescent
 from guided_descent.problems import GradientDescent
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,6 +82,14 @@ CASES = {
         gd.Muon, None, {"constraint": "sphere", "preset": "svd"}, rest="adam", lift=10.0, spreads=False
     ),
     "Scion": Case(gd.Scion, None, {}, [{"momentum": 1.0}, {"radius": 0.0}], rest="adam", lift=1000.0),
+    "SignSGD": Case(gd.SignSGD, None, {}, [{"weight_decay": -1.0}], spreads=False),  # the sign of infinity is 1
+    "Signum": Case(gd.Signum, None, {}, [{"momentum": 1.0}, {"weight_decay": -1.0}], spreads=False),
+    "Signum-nesterov": Case(gd.Signum, None, {"nesterov": True}, spreads=False),
+    "Lion": Case(gd.Lion, None, {}, [*BAD_BETAS, {"weight_decay": -1.0}], spreads=False),
+    "NormalizedSGD": Case(gd.NormalizedSGD, None, {}, [{"momentum": 1.0}, {"weight_decay": -1.0}]),
+    "NormalizedSGD-layer": Case(gd.NormalizedSGD, None, {"scope": "layer"}),
+    "NormDescent": Case(NormDescent, None, {}, [{"momentum": 1.0}, {"weight_decay": -1.0}], spreads=False),
+    "NormDescent-column": Case(NormDescent, None, {"norm": "column", "nesterov": True}, spreads=False),
     "PlainSOAP": Case(
         PlainSOAP,
         None,
