@@ -1,6 +1,6 @@
 # Generated from chapters/13_modular_norm.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head ca11d41a
+# %% head e772aede
 """Chapter 13, The modular norm."""
 
 __all__ = [
@@ -20,16 +20,17 @@ __all__ = [
     "Read",
     "Rule",
     "Sum",
+    "chained",
     "matrix",
     "read",
 ]
 
 
-# %% 13_modular_norm sec-mo-layer 1 fe8c4c69
+# %% 13_modular_norm sec-mo-layer 1 b4912455
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Callable, Iterable
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ from guided_descent.muon import _check_preset, orthogonal
 from guided_descent.norms import NORMS
 
 
-# %% 13_modular_norm sec-mo-compose 1 428d7d5e
+# %% 13_modular_norm sec-mo-compose 1 ac077765
 class Module(nn.Module):
     """A part of a network with a norm: what it is made of, and who may have what.
 
@@ -56,8 +57,11 @@ class Module(nn.Module):
     Source: Large et al. (2024), arXiv 2405.14813. Chapter 13, eq-mo-compose.
     """
 
+    #: What it is made of, in the order in which an input meets it.
+    members: tuple["Module", ...] = ()
+
     def parts(self) -> list[tuple["Module", float]]:
-        """Its parts, each with the fraction of a step that it gets."""
+        """Its members, each with the fraction of a step that it gets."""
         return []
 
     # %% 13_modular_norm sec-mo-compose 2 ad8f8d57
@@ -75,7 +79,7 @@ class Module(nn.Module):
         """How much a change of length one can gain, to first order."""
         return sum((f * M.dual_norm(x) for M, f, x in self._dealt(g)), torch.zeros(()))
 
-    # %% 13_modular_norm sec-mo-compose 3 8cc83545
+    # %% 13_modular_norm sec-mo-compose 3 512649df
     def _dealt(self, w: Iterable[Tensor]) -> list[tuple["Module", float, list[Tensor]]]:
         """The parts that have weights, each with its fraction and its tensors."""
         w, parts = list(w), [x for x in self.parts() if x[0].atoms]
@@ -91,12 +95,12 @@ class Module(nn.Module):
     @property
     def atoms(self) -> list["Atom"]:
         """The atoms in it, in the order in which an input meets them."""
-        return [atom for part, _ in self.parts() for atom in part.atoms]
+        return [atom for member in self.members for atom in member.atoms]
 
     @property
     def mass(self) -> float:
         """How much of the learning it is to do."""
-        return sum(part.mass for part, _ in self.parts())
+        return sum(atom.mass for atom in self.atoms)
 
     def tare(self, mass: float = 1.0) -> "Module":
         """Set its mass, scaling those of its atoms alike; returns it."""
@@ -119,10 +123,7 @@ class Module(nn.Module):
 
     def __pow__(self, n: int) -> "Module":
         check_range("n", n, "[1, inf) int")
-        chain = copy.deepcopy(self)
-        for _ in range(n - 1):
-            chain = Compose(copy.deepcopy(self), chain)
-        return chain
+        return chained([copy.deepcopy(self) for _ in range(n)])
 
     # %% 13_modular_norm sec-mo-rates 1 d0869cf5
     def rates(self, target: float = 1.0) -> list[float]:
@@ -130,7 +131,15 @@ class Module(nn.Module):
         return [r for M, f in self.parts() for r in M.rates(f * target)]
 
 
-# %% 13_modular_norm sec-mo-compose 4 64922f63
+# %% 13_modular_norm sec-mo-compose 4 68c28e38
+def chained(modules: list[Module]) -> Module:
+    """One after the other, the first first; bracketed in halves."""
+    if len(modules) == 1:
+        return modules[0]
+    half = len(modules) // 2
+    return Compose(chained(modules[half:]), chained(modules[:half]))
+
+
 def matrix(x: Tensor) -> Tensor:
     """A weight as its norm sees it: a vector as a column, a convolution flat."""
     return x.reshape(-1, 1) if x.dim() < 2 else x.flatten(1)
@@ -173,13 +182,13 @@ class Mul(Bond):
         return self.factor * x
 
 
-# %% 13_modular_norm sec-mo-compose 5 b274ae44
+# %% 13_modular_norm sec-mo-compose 5 440c3fbc
 class Compose(Module):
     """``second`` after ``first``."""
 
     def __init__(self, second: Module, first: Module) -> None:
         super().__init__()
-        self.first, self.second = first, second
+        self.first, self.second = self.members = first, second
         if not second.sensitivity:
             told = f"{type(second).__name__} ignores its input (sensitivity 0)"
             raise ValueError(f"{told}; add it with + in place of composing")
@@ -197,13 +206,13 @@ class Compose(Module):
         return self.second(self.first(x))
 
 
-# %% 13_modular_norm sec-mo-compose 6 dc526575
+# %% 13_modular_norm sec-mo-compose 6 70fca5c0
 class Sum(Module):
     """Two modules of one input, their outputs added."""
 
     def __init__(self, one: Module, other: Module) -> None:
         super().__init__()
-        self.one, self.other = one, other
+        self.one, self.other = self.members = one, other
 
     def parts(self) -> list[tuple[Module, float]]:
         m = self.one.mass + self.other.mass or 1.0
@@ -306,13 +315,13 @@ class Gain(Atom):
         return self.weight * x
 
 
-# %% 13_modular_norm sec-mo-model 1 285fccaa
+# %% 13_modular_norm sec-mo-model 1 5e53a5e1
 class Read(Module):
     """A layer of torch that computes as before, with the norm of ``inner``."""
 
     def __init__(self, layer: nn.Module, inner: Module) -> None:
         super().__init__()
-        self.layer, self.inner = layer, inner
+        self.layer, self.inner, self.members = layer, inner, (inner,)
 
     def parts(self) -> list[tuple[Module, float]]:
         return [(self.inner, 1.0)]
@@ -407,7 +416,7 @@ def read(
     return found
 
 
-# %% 13_modular_norm sec-mo-model 3 8fbb901d
+# %% 13_modular_norm sec-mo-model 3 1a2afece
 def _inside(model: nn.Module) -> nn.Module:
     """What ``DistributedDataParallel`` and ``torch.compile`` wrap."""
     if not isinstance(model, nn.Module):
@@ -463,11 +472,7 @@ class _Reader:
         return f"{told}; pass {compose}, or rules={{{kind}: 'adamw'}} to step it so"
 
     def chain(self, modules: nn.Sequential) -> Module:
-        found = [self(module) for module in modules]
-        chain = found[0] if found else Bond(nn.Identity())
-        for module in found[1:]:
-            chain = Compose(module, chain)
-        return chain
+        return chained([self(x) for x in modules] or [Bond(nn.Identity())])
 
     def layer(self, module: Any, ruler: str) -> Module:
         """Its weight, composed with or beside its bias."""
