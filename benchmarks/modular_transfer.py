@@ -49,7 +49,7 @@ def main() -> None:
                 results[key] = where(method, 32, depth, branches)
                 print(f"{key:>28} {results[key]['mean']:6.2f}", flush=True)
     for method in ("modular", "frobenius", "sign", "adam"):
-        for width in (16, 64, 256):
+        for width in (12, 48, 192):
             key = f"residual {method} width {width}"
             results[key] = where(method, width, 2, True)
             print(f"{key:>28} {results[key]['mean']:6.2f}", flush=True)
@@ -65,9 +65,9 @@ def main() -> None:
             d = drift(f"{kind} {method} depth", 12, 1)
             print(f"{kind:>9} {method:>9}, depth 1 to 12: {min(d):5.2f} to {max(d):5.2f} octaves")
     for method in ("modular", "frobenius", "sign", "adam"):
-        d = drift(f"residual {method} width", 256, 16)
-        loss = results[f"residual {method} width 256"]["losses"]
-        print(f"{method:>19}, width 16 to 256: {min(d):5.2f} to {max(d):5.2f} octaves; loss {min(loss):.3f} to {max(loss):.3f}")
+        d = drift(f"residual {method} width", 192, 12)
+        loss = results[f"residual {method} width 192"]["losses"]
+        print(f"{method:>19}, width 12 to 192: {min(d):5.2f} to {max(d):5.2f} octaves; loss {min(loss):.3f} to {max(loss):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # Generated from chapters/13_modular_norm.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head e772aede
+# %% head 8b14c1e5
 """Chapter 13, The modular norm."""
 
 __all__ = [
@@ -590,14 +590,14 @@ class ModularDescent(Optimizer):
         _check_preset(group["preset"])
 
 
-# %% 13_modular_norm sec-mo-model 7 7bf20886
+# %% 13_modular_norm sec-mo-model 7 51fa6bc3
 def _groups(model: nn.Module, found: Module) -> list[dict[str, Any]]:
     """Parameter groups: weights of one ruler and rate together, then what is left."""
     names = {p: name for name, p in _inside(model).named_parameters()}
     made: dict[Any, list[tuple[str, Tensor]]] = {}
     for atom, rate in zip(found.atoms, found.rates(), strict=True):
         if (p := atom.weight).requires_grad:
-            key = ("norm", atom.ruler), ("rate", round(rate, 12))
+            key = ("norm", atom.ruler), ("rate", float(f"{rate:.12g}"))
             made.setdefault(key, []).append((names[p], p))
     for x in found.modules():
         for p in x.parameters() if isinstance(x, Left) else ():
