@@ -1,6 +1,6 @@
 # Generated from chapters/13_modular_norm.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 8b14c1e5
+# %% head 790fa994
 """Chapter 13, The modular norm."""
 
 __all__ = [
@@ -23,12 +23,14 @@ __all__ = [
     "chained",
     "matrix",
     "read",
+    "spectral_step",
 ]
 
 
-# %% 13_modular_norm sec-mo-layer 1 b4912455
+# %% 13_modular_norm sec-mo-layer 1 c6918cee
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Unpack
 
@@ -42,17 +44,18 @@ from guided_descent.core import (
     check_choice,
     check_range,
 )
+from guided_descent.engines import matrixwise
 from guided_descent.muon import _check_preset, orthogonal
 from guided_descent.norms import NORMS
 
 
-# %% 13_modular_norm sec-mo-compose 1 ac077765
+# %% 13_modular_norm sec-mo-compose 1 e0419904
 class Module(nn.Module):
     """A part of a network with a norm: what it is made of, and who may have what.
 
     ``M1 @ M0`` is M1 after M0, ``M0 + M1`` the sum of their outputs, ``a * M`` a
-    multiple, ``M ** n`` a chain of n copies. It is a ``torch.nn.Module``: call it,
-    train its ``parameters()``.
+    multiple, ``M ** n`` a chain of n copies with starts of their own. It is a
+    ``torch.nn.Module``: call it, train its ``parameters()``.
 
     Source: Large et al. (2024), arXiv 2405.14813. Chapter 13, eq-mo-compose.
     """
@@ -79,7 +82,7 @@ class Module(nn.Module):
         """How much a change of length one can gain, to first order."""
         return sum((f * M.dual_norm(x) for M, f, x in self._dealt(g)), torch.zeros(()))
 
-    # %% 13_modular_norm sec-mo-compose 3 512649df
+    # %% 13_modular_norm sec-mo-compose 3 adfaee5e
     def _dealt(self, w: Iterable[Tensor]) -> list[tuple["Module", float, list[Tensor]]]:
         """The parts that have weights, each with its fraction and its tensors."""
         w, parts = list(w), [x for x in self.parts() if x[0].atoms]
@@ -123,7 +126,10 @@ class Module(nn.Module):
 
     def __pow__(self, n: int) -> "Module":
         check_range("n", n, "[1, inf) int")
-        return chained([copy.deepcopy(self) for _ in range(n)])
+        copies = [copy.deepcopy(self) for _ in range(n)]
+        for atom in (x for chain in copies[1:] for x in chain.atoms):
+            atom.reset()
+        return chained(copies)
 
     # %% 13_modular_norm sec-mo-rates 1 d0869cf5
     def rates(self, target: float = 1.0) -> list[float]:
@@ -226,7 +232,7 @@ class Sum(Module):
         return self.one(x) + self.other(x)
 
 
-# %% 13_modular_norm sec-mo-compose 7 a1e841a8
+# %% 13_modular_norm sec-mo-compose 7 ff784abf
 class Atom(Module):
     """One weight, with its ruler.
 
@@ -246,8 +252,12 @@ class Atom(Module):
         check_range("mass", mass, "[0, inf)")
         self.weight, self.ruler = weight, ruler
         self.mass, self.sensitivity = mass, sensitivity
+        self.reset()
 
     mass: float = 1.0
+
+    def reset(self) -> None:
+        """Draw its first weight, where that is random; else leave it as it is."""
 
     @property
     def atoms(self) -> list["Atom"]:
@@ -273,8 +283,11 @@ class Linear(Atom):
     """``W x``, at first orthogonal and one long. ``W`` is (out, inputs)."""
 
     def __init__(self, out: int, inputs: int, mass: float = 1.0) -> None:
-        W = nn.init.orthogonal_(torch.empty(out, inputs), (out / inputs) ** 0.5)
-        super().__init__(nn.Parameter(W), "spectral", mass)
+        super().__init__(nn.Parameter(torch.empty(out, inputs)), "spectral", mass)
+
+    def reset(self) -> None:
+        out, inputs = self.weight.shape
+        nn.init.orthogonal_(self.weight, (out / inputs) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.mT
@@ -284,8 +297,11 @@ class Embed(Atom):
     """Rows by number, at first one long. ``W`` is (count, dim)."""
 
     def __init__(self, dim: int, count: int, mass: float = 1.0) -> None:
-        W = -NORMS["embedding"].lmo(torch.randn(count, dim))
-        super().__init__(nn.Parameter(W), "embedding", mass)
+        super().__init__(nn.Parameter(torch.empty(count, dim)), "embedding", mass)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.weight.copy_(-NORMS["embedding"].lmo(self.weight.normal_()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight[x]
@@ -416,7 +432,7 @@ def read(
     return found
 
 
-# %% 13_modular_norm sec-mo-model 3 1a2afece
+# %% 13_modular_norm sec-mo-model 3 6f56eda1
 def _inside(model: nn.Module) -> nn.Module:
     """What ``DistributedDataParallel`` and ``torch.compile`` wrap."""
     if not isinstance(model, nn.Module):
@@ -453,7 +469,8 @@ class _Reader:
         if rule is not None:
             found = rule(module, self)
             if not isinstance(found, Module):
-                told = f"the rule for {self.label(module)} gave a {type(found).__name__}"
+                told = f"the rule for {self.label(module)} gave"
+                told = f"{told} a {type(found).__name__}"
                 raise TypeError(f"{told}; compose what read(part) gives")
             return found
         if isinstance(module, Module):
@@ -492,14 +509,15 @@ class _Reader:
 
     def compare(self, found: Module) -> None:
         """Refuse a parameter that no part has, or several."""
-        left = [p for x in found.modules() if isinstance(x, Left) for p in x.parameters()]
+        left = [x for x in found.modules() if isinstance(x, Left)]
         owned = [atom.weight for atom in found.atoms]
-        names = {p: name for name, p in self.model.named_parameters()}
-        counts = {p: sum(p is q for q in owned + left) for p in names}
-        for p, count in counts.items():
+        owned += [p for x in left for p in x.parameters()]
+        counts = Counter(map(id, owned))
+        for name, p in self.model.named_parameters():
+            count = counts[id(p)]
             if count != 1 and p.requires_grad:
                 how = f"is in {count} parts" if count else "is in no part"
-                told = f"parameter {names[p]!r} {how} of what was read"
+                told = f"parameter {name!r} {how} of what was read"
                 remedy = "its owner: a function that adds its Atom once, or 'adamw'"
                 raise ValueError(f"{told}; pass rules for {remedy}")
 
@@ -566,20 +584,18 @@ class ModularDescent(Optimizer):
         defaults |= {"weight_decay": weight_decay, "preset": preset}
         super().__init__(params, {**defaults, "norm": norm, "rate": rate}, **options)
 
-    # %% 13_modular_norm sec-mo-model 5 ad9be182
+    # %% 13_modular_norm sec-mo-model 5 5dd1d5f7
     @staticmethod
     def rule(p: Tensor, g: Tensor, s: Any, h: Any) -> None:
         m = s.momentum_buffer.lerp_(g, 1 - h.momentum)
         u = g.lerp(m, h.momentum) if h.nesterov else m
-        if h.norm == "spectral":
-            d = orthogonal(u, h.preset, "scion")
-        else:
-            d = -NORMS[h.norm].lmo(u)
+        spectral = h.norm == "spectral"
+        d = spectral_step(u, h.preset) if spectral else -NORMS[h.norm].lmo(u)
         if h.weight_decay:
             p.mul_(1 - h.lr * h.weight_decay)
         p.add_(d, alpha=-h.lr * h.rate)
 
-    # %% 13_modular_norm sec-mo-model 6 b1359627
+    # %% 13_modular_norm sec-mo-model 7 b1359627
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)}
 
@@ -590,7 +606,17 @@ class ModularDescent(Optimizer):
         _check_preset(group["preset"])
 
 
-# %% 13_modular_norm sec-mo-model 7 51fa6bc3
+# %% 13_modular_norm sec-mo-model 6 bc7841a6
+@matrixwise
+def spectral_step(G: Tensor, preset: Any) -> Tensor:
+    """``√(m/n) · U Vᵀ`` of (…, m, n), nearly; exact for a single row or column."""
+    m, n = G.shape[-2:]
+    if min(m, n) > 1:
+        return orthogonal(G, preset, "scion")
+    return -((m / n) ** 0.5) * NORMS["frobenius"].lmo(G)
+
+
+# %% 13_modular_norm sec-mo-model 8 51fa6bc3
 def _groups(model: nn.Module, found: Module) -> list[dict[str, Any]]:
     """Parameter groups: weights of one ruler and rate together, then what is left."""
     names = {p: name for name, p in _inside(model).named_parameters()}

@@ -135,7 +135,7 @@ def test_refusals_of_modules():
 
 def test_each_atom_begins_one_long():
     for atom in (Linear(5, 3), Linear(3, 5), Embed(4, 7), Gain(3)):
-        assert float(atom.norm([atom.weight])) == pytest.approx(1, rel=1e-5)
+        assert float(atom.norm([atom.weight.detach()])) == pytest.approx(1, rel=1e-5)
     assert Mul(-2.0)(torch.ones(2)).tolist() == [-2, -2] and Mul(-2.0).sensitivity == 2
 
 
@@ -364,3 +364,14 @@ def test_the_norm_of_a_group_is_checked():
         ModularDescent([{"params": p, "rate": -1.0}])
     with pytest.raises(ValueError, match="blows up after"):
         ModularDescent(p, preset=modular.damped_raw if hasattr(modular, "damped_raw") else ((8.3, -23.6, 17.3),) * 5)
+
+
+@pytest.mark.parametrize("engine", ["loop", "foreach"])
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (1, 5), ()])
+def test_one_row_or_column_is_exact(engine, shape):
+    p = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    optimizer = ModularDescent([p], 0.5, 0.0, nesterov=False, engine=engine)
+    p.grad = torch.randn(shape, dtype=torch.float64) * 1e-3
+    optimizer.step()
+    m, n = modular.matrix(p).shape
+    torch.testing.assert_close(p.detach(), -0.5 * (m / n) ** 0.5 * p.grad / p.grad.norm(), rtol=1e-12, atol=1e-12)
