@@ -53,12 +53,16 @@ def main() -> None:
             key = f"residual {method} width {width}"
             results[key] = where(method, width, 2, True)
             print(f"{key:>28} {results[key]['mean']:6.2f}", flush=True)
-    rounded = {k: {n: torch.tensor(x).mul(1000).round().div(1000).tolist() for n, x in v.items()} for k, v in results.items()}
+    rounded = {
+        k: {n: torch.tensor(x).mul(1000).round().div(1000).tolist() for n, x in v.items()} for k, v in results.items()
+    }
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in rounded.items()]
     (HERE / "modular_transfer.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
     def drift(name, last, first):
-        return [b - a for a, b in zip(results[f"{name} {first}"]["seeds"], results[f"{name} {last}"]["seeds"], strict=True)]
+        return [
+            b - a for a, b in zip(results[f"{name} {first}"]["seeds"], results[f"{name} {last}"]["seeds"], strict=True)
+        ]
 
     for kind in ("plain", "residual"):
         for method in ("modular", "muon", "adam"):
@@ -67,7 +71,9 @@ def main() -> None:
     for method in ("modular", "frobenius", "sign", "adam"):
         d = drift(f"residual {method} width", 192, 12)
         loss = results[f"residual {method} width 192"]["losses"]
-        print(f"{method:>19}, width 12 to 192: {min(d):5.2f} to {max(d):5.2f} octaves; loss {min(loss):.3f} to {max(loss):.3f}")
+        print(
+            f"{method:>19}, width 12 to 192: {min(d):5.2f} to {max(d):5.2f} octaves; loss {min(loss):.3f} to {max(loss):.3f}"
+        )
 
 
 if __name__ == "__main__":

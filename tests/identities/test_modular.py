@@ -122,6 +122,18 @@ def test_tare():
         Bond(torch.relu).tare(2.0)
 
 
+def test_a_power_has_copies_with_starts_of_their_own():
+    one = Gain(3) @ Linear(3, 3)
+    chain = one**3
+    weights = [a.weight for a in chain.atoms if isinstance(a, Linear)]
+    assert torch.equal(weights[0], one.atoms[0].weight) and weights[0] is not one.atoms[0].weight
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    x = y = torch.randn(3)
+    for W in weights:
+        y = W @ y
+    torch.testing.assert_close(chain(x), y)
+
+
 def test_refusals_of_modules():
     with pytest.raises(ValueError, match="factor=0 cuts the network; pass another"):
         0.0 * Linear(2, 2)
@@ -288,7 +300,10 @@ def test_a_convolution_an_embedding_a_gain_and_a_bias_by_hand():
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_on_one_matrix_it_is_muon_and_scion(nesterov):
-    make = lambda: torch.manual_seed(3) and nn.Sequential(nn.Linear(6, 4, bias=False)).double()
+    def make():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(6, 4, bias=False)).double()
+
     options = {"momentum": 0.8, "nesterov": nesterov, "weight_decay": 0.1}
     a, b = make(), make()
     ours = run(a, ModularDescent(a, 0.1, **options))
@@ -302,7 +317,10 @@ def test_on_one_matrix_it_is_muon_and_scion(nesterov):
 
 
 def test_on_a_chain_of_equal_masses_it_is_muon_with_the_rate_divided():
-    make = lambda: torch.manual_seed(3) and nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(4))).double()
+    def make():
+        torch.manual_seed(3)
+        return nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(4))).double()
+
     a, b = make(), make()
     ours = run(a, ModularDescent(a, 0.1))
     theirs = run(b, gd.Muon(b.parameters(), 0.1 / 4, scale="scion"))
