@@ -71,9 +71,8 @@ def main() -> None:
     for method in ("modular", "frobenius", "sign", "adam"):
         d = drift(f"residual {method} width", 192, 12)
         loss = results[f"residual {method} width 192"]["losses"]
-        print(
-            f"{method:>19}, width 12 to 192: {min(d):5.2f} to {max(d):5.2f} octaves; loss {min(loss):.3f} to {max(loss):.3f}"
-        )
+        print(f"{method:>19}, width 12 to 192: {min(d):5.2f} to {max(d):5.2f} octaves", end="; ")
+        print(f"loss {min(loss):.3f} to {max(loss):.3f}")
 
 
 if __name__ == "__main__":
