@@ -85,6 +85,8 @@ def test_rates_by_hand():
     M = 5.0 * (Linear(4, 4, 1.0) + 2.0 * Linear(4, 4, 3.0))
     assert M.rates(2.0) == pytest.approx([2 * 1 / 4 / 5, 2 * 3 / 4 / 2 / 5])
     assert M.sensitivity == pytest.approx(15) and M.mass == 4
+    g = [torch.diag(torch.tensor([2.0, 1.0, 1.0, -1.0])) for _ in range(2)]
+    torch.testing.assert_close(M.dualize(g, 20.0)[0], torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0])))
 
 
 @pytest.mark.parametrize("L", [1, 2, 7])
