@@ -395,3 +395,11 @@ def test_one_row_or_column_is_exact(engine, shape):
     optimizer.step()
     m, n = modular.matrix(p).shape
     torch.testing.assert_close(p.detach(), -0.5 * (m / n) ** 0.5 * p.grad / p.grad.norm(), rtol=1e-12, atol=1e-12)
+
+
+def test_decay_does_not_depend_on_the_rate():
+    p = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    optimizer = ModularDescent([{"params": [p], "rate": 0.25}], 0.1, weight_decay=0.5, engine="loop")
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((3, 2), 0.95, dtype=torch.float64), rtol=1e-14, atol=0)
