@@ -1,6 +1,7 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
 # %% head 3164a71e
+# %% head f603b279
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -53,6 +54,7 @@ from guided_descent.kfac import (
 from guided_descent import layers as layers
 from guided_descent import layerwise as layerwise
 from guided_descent import likelihoods as likelihoods
+from guided_descent.modular import ModularDescent
 from guided_descent.muon import (
     Muon,
     Scion,
@@ -119,6 +121,7 @@ __all__ = [
     "Jacobian",
     "KLShampoo",
     "Lion",
+    "ModularDescent",
     "Muon",
     "NAdam",
     "NaturalGradient",

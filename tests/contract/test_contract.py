@@ -90,6 +90,13 @@ CASES = {
     "NormalizedSGD-layer": Case(gd.NormalizedSGD, None, {"scope": "layer"}),
     "NormDescent": Case(NormDescent, None, {}, [{"momentum": 1.0}, {"weight_decay": -1.0}], spreads=False),
     "NormDescent-column": Case(NormDescent, None, {"norm": "column", "nesterov": True}, spreads=False),
+    "ModularDescent": Case(
+        gd.ModularDescent,
+        None,
+        {},
+        [{"momentum": 1.0}, {"weight_decay": -1.0}, {"rate": -1.0}],
+        lift=1000.0,
+    ),
     "PlainSOAP": Case(
         PlainSOAP,
         None,
