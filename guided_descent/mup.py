@@ -1,6 +1,6 @@
 # Generated from chapters/14_mup.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a970b71c
+# %% head 7fcc7ed0
 """Chapter 14, Maximal update parametrization."""
 
 __all__ = [
@@ -817,7 +817,7 @@ def _axes(ax: Any) -> Any:
     return ax or pyplot.subplots()[1]
 
 
-# %% 14_mup sec-wp-transfer 1 ee008481
+# %% 14_mup sec-wp-transfer 1 cd95bf90
 class Transfer(NamedTuple):
     """Losses over learning rates and widths.
 
@@ -902,7 +902,7 @@ def transfer_check(
     """Is the best learning rate the same at every width? Trains to find out.
 
     Args:
-        build, widths, optimizer, loss, batches, base, seeds, **options: As for
+        build, widths, optimizer, loss, batches, base, seeds, options: As for
             ``coordinate_check``.
         lrs: Rates, in rising order; at least three.
         evaluate: The score of a trained model. ``None``: the mean loss over the last

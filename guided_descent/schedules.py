@@ -1,6 +1,6 @@
 # Generated from chapters/15_schedules.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 680be71d
+# %% head 0e499d0d
 """Chapter 15, Schedules."""
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 
-# %% 15_schedules sec-sc-module 1 13b6a341
+# %% 15_schedules sec-sc-module 1 701f1d9b
 import math
 import operator
 import warnings
@@ -42,8 +42,8 @@ class Schedule:
         schedule = (warmup(0.05) >> wsd()).over(10_000)
         scheduler = LambdaLR(optimizer, schedule)
 
-    ``a >> b`` runs ``b`` after ``a``, scaled by the factor that ``a`` ends with, so
-    that the whole is continuous. A piece of n steps owns its steps 0 to n − 1, and step
+    ``a >> b`` runs ``b`` after ``a``, scaled by the factor that ``a`` ends with. The
+    whole is continuous unless ``b`` begins with a warm-up. A piece of n steps owns its steps 0 to n − 1, and step
     n is the first of the next one::
 
         warmup         (t + 1) / (n + 1)      the first step is not wasted at 0
@@ -334,7 +334,7 @@ def cosine(T: Length = None, end: float = 0.0) -> Schedule:
     return _piece("cosine", _length("T", T), end)
 
 
-# %% 15_schedules sec-sc-module 9 19dbf080
+# %% 15_schedules sec-sc-module 9 7fc9c0f5
 def power_cool(T: Length = None, power: float = 1.2, end: float = 0.0) -> Schedule:
     """From 1 to ``end`` as a power: ``end + (1 − end) · (1 − t/T)^power``.
 
@@ -404,7 +404,7 @@ def wsd(
 def inverse_sqrt(offset: float, T: Length = None) -> Schedule:
     """Decay that needs no horizon: ``1 / √(1 + t/offset)``.
 
-    ``warmup(n) >> inverse_sqrt(n)`` is the Transformer's schedule, and
+    ``warmup(n - 1) >> inverse_sqrt(n)`` is the Transformer's schedule, and
     ``inverse_sqrt(n, T) >> linear(m)`` one with a cooldown.
 
     Args:
