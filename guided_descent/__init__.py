@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 948aef58
+# %% head 147b24e5
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -42,6 +42,13 @@ from guided_descent.kfac import (
     FOOF,
     KFAC,
 )
+from guided_descent.large_batch import (
+    CLARS,
+    LAMB,
+    LARS,
+    adaptive_clip_,
+    clip_by_norm_,
+)
 from guided_descent import layers as layers
 from guided_descent import layerwise as layerwise
 from guided_descent import likelihoods as likelihoods
@@ -78,10 +85,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BFGS",
+    "CLARS",
     "EKFAC",
     "FOOF",
     "GGN",
     "KFAC",
+    "LAMB",
+    "LARS",
     "LBFGS",
     "SGD",
     "SOAP",
@@ -110,6 +120,8 @@ __all__ = [
     "Shampoo",
     "Sophia",
     "__version__",
+    "adaptive_clip_",
+    "clip_by_norm_",
     "critical_batch_size",
     "hutchinson_diagonal",
     "hutchinson_trace",
