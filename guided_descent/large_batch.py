@@ -1,6 +1,6 @@
 # Generated from chapters/17_large_batches.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 2dd5d405
+# %% head 994dd7c9
 """Chapter 17, Large batches."""
 
 __all__ = [
@@ -311,7 +311,7 @@ class LAMB(_LayerWise):
             x.add_(u, alpha=-lr * r)
 
 
-# %% 17_large_batches sec-lb-clars 1 626b6cce
+# %% 17_large_batches sec-lb-coherence 1 626b6cce
 def example_norms(layer: Layer, a: Tensor, g: Tensor) -> list[tuple[Parameter, Tensor]]:
     """The squared norm of each example's gradient, for each parameter of a layer.
 
@@ -346,7 +346,7 @@ def _outer(a: Tensor, g: Tensor) -> Tensor:
     return (g.mT @ a).square().sum((1, 2))
 
 
-# %% 17_large_batches sec-lb-clars 2 0b8f190a
+# %% 17_large_batches sec-lb-clars 1 0b8f190a
 def _any_loss(output: Tensor) -> Tensor:
     """A likelihood that nothing is held against."""
     return output
@@ -422,7 +422,7 @@ class CLARS(_LayerWise):
         self.process_group = process_group
         self._attach()
 
-    # %% 17_large_batches sec-lb-clars 3 4a03c601
+    # %% 17_large_batches sec-lb-clars 2 4a03c601
     @torch.no_grad()
     def directions(self, work: Any, finite: Tensor | None) -> Grads:
         """Each gradient, and the decay, times its rate."""
@@ -449,7 +449,7 @@ class CLARS(_LayerWise):
             d = s.momentum_buffer.mul_(h.momentum).add_(d)
         p.add_(d, alpha=-1 if h.lr_in_buffer else -h.lr)
 
-    # %% 17_large_batches sec-lb-clars 4 983868e1
+    # %% 17_large_batches sec-lb-clars 3 983868e1
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)} if h.momentum else {}
 
