@@ -1,6 +1,6 @@
 # Generated from chapters/17_large_batches.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 994dd7c9
+# %% head c3ab86c0
 """Chapter 17, Large batches."""
 
 __all__ = [
@@ -311,14 +311,14 @@ class LAMB(_LayerWise):
             x.add_(u, alpha=-lr * r)
 
 
-# %% 17_large_batches sec-lb-coherence 1 626b6cce
+# %% 17_large_batches sec-lb-coherence 1 cacd5de9
 def example_norms(layer: Layer, a: Tensor, g: Tensor) -> list[tuple[Parameter, Tensor]]:
     """The squared norm of each example's gradient, for each parameter of a layer.
 
     Args:
         layer: As ``find_layers`` finds it.
-        a, g: Inputs and output gradients, (N, R, d_in) and (N, R, d_out), as ``Capture``
-            hands them over.
+        a, g: Inputs and output gradients, (N, R, d_in) and (N, R, d_out), as
+            ``Capture`` hands them over.
 
     Source: Goodfellow (2015), arXiv 1510.01799. Chapter 17, eq-lb-outer and eq-lb-gram.
     """
@@ -449,7 +449,7 @@ class CLARS(_LayerWise):
             d = s.momentum_buffer.mul_(h.momentum).add_(d)
         p.add_(d, alpha=-1 if h.lr_in_buffer else -h.lr)
 
-    # %% 17_large_batches sec-lb-clars 3 983868e1
+    # %% 17_large_batches sec-lb-clars 3 89df96d5
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)} if h.momentum else {}
 
@@ -509,10 +509,10 @@ class CLARS(_LayerWise):
                 nu[p] = sum(norms) / one
             elif p.grad is not None and processes(self.process_group) == 1:
                 if p.grad.any():
-                    told = f"a parameter of shape {tuple(p.shape)} has a gradient, but CLARS"
+                    told = f"a parameter of shape {tuple(p.shape)} has a gradient"
                     raise RuntimeError(
-                        f"{told} saw no pass of it since the last step; call the model "
-                        "itself, as model(x), and differentiate a loss of its output"
+                        f"{told}, but CLARS saw no pass of it since the last step; call the "
+                        "model itself, as model(x), and differentiate a loss of its output"
                     )
         if processes(self.process_group) > 1:
             nu = self._averaged(nu)
@@ -618,14 +618,15 @@ def clip_by_norm_(parameters: Any, max_norm: float) -> Tensor:
     return total
 
 
-# %% 17_large_batches sec-lb-clip 2 2ccb3640
+# %% 17_large_batches sec-lb-clip 2 ad447353
 def _listed(parameters: Any) -> list[Tensor]:
     """Tensors, alone or several, with a dense gradient if they have one."""
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     for p in params:
         if p.grad is not None and p.grad.layout is not torch.strided:
-            told = f"a parameter {tuple(p.shape)} has a gradient of layout {p.grad.layout}"
-            raise ValueError(f"{told}; use a dense gradient (nn.Embedding: sparse=False)")
+            told = f"{tuple(p.shape)} has a gradient of layout {p.grad.layout}"
+            remedy = "use a dense gradient (nn.Embedding: sparse=False)"
+            raise ValueError(f"a parameter {told}; {remedy}")
     return params
 
 
