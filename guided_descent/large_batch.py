@@ -1,6 +1,6 @@
 # Generated from chapters/17_large_batches.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head c3ab86c0
+# %% head 95fb25c1
 """Chapter 17, Large batches."""
 
 __all__ = [
@@ -449,7 +449,7 @@ class CLARS(_LayerWise):
             d = s.momentum_buffer.mul_(h.momentum).add_(d)
         p.add_(d, alpha=-1 if h.lr_in_buffer else -h.lr)
 
-    # %% 17_large_batches sec-lb-clars 3 89df96d5
+    # %% 17_large_batches sec-lb-clars 3 bc14bdd8
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)} if h.momentum else {}
 
@@ -511,8 +511,8 @@ class CLARS(_LayerWise):
                 if p.grad.any():
                     told = f"a parameter of shape {tuple(p.shape)} has a gradient"
                     raise RuntimeError(
-                        f"{told}, but CLARS saw no pass of it since the last step; call the "
-                        "model itself, as model(x), and differentiate a loss of its output"
+                        f"{told}, but CLARS saw no pass of it since the last step; call "
+                        "the model, as model(x), and differentiate a loss of its output"
                     )
         if processes(self.process_group) > 1:
             nu = self._averaged(nu)
