@@ -1,6 +1,6 @@
 # Generated from chapters/17_large_batches.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 95fb25c1
+# %% head 3097fa33
 """Chapter 17, Large batches."""
 
 __all__ = [
@@ -449,7 +449,7 @@ class CLARS(_LayerWise):
             d = s.momentum_buffer.mul_(h.momentum).add_(d)
         p.add_(d, alpha=-1 if h.lr_in_buffer else -h.lr)
 
-    # %% 17_large_batches sec-lb-clars 3 bc14bdd8
+    # %% 17_large_batches sec-lb-clars 3 ce65e4fc
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)} if h.momentum else {}
 
@@ -514,7 +514,7 @@ class CLARS(_LayerWise):
                         f"{told}, but CLARS saw no pass of it since the last step; call "
                         "the model, as model(x), and differentiate a loss of its output"
                     )
-        if processes(self.process_group) > 1:
+        if processes(self.process_group) > 1 and self._adapted:
             nu = self._averaged(nu)
         return nu
 
@@ -528,8 +528,9 @@ class CLARS(_LayerWise):
                 "average gradients; wrap the model in DistributedDataParallel, or pass "
                 "process_group="
             )
-        zero = torch.zeros((), device=self._adapted[0].device)
-        all_of = [nu.get(p, zero).to(torch.float32) for p in self._adapted]
+        dtype = max((wide(p.dtype) for p in self._adapted), key=lambda x: x.itemsize)
+        zero = torch.zeros((), device=self._adapted[0].device, dtype=dtype)
+        all_of = [nu.get(p, zero).to(zero) for p in self._adapted]
         whole = flat(all_of)
         distributed.all_reduce(whole, group=group)
         parts = unflat(whole / processes(group), all_of)
@@ -539,7 +540,8 @@ class CLARS(_LayerWise):
     def _amplified(self) -> tuple[Any, Any]:
         """What gradients, and norms, still have to be divided by."""
         if self.grad_scaler is not None:
-            one = torch.ones((), device=self._adapted[0].device)
+            first = self.param_groups[0]["params"][0]
+            one = torch.ones((), device=first.device)
             return None, self.grad_scaler.scale(one)
         if not hasattr(self, "found_inf"):
             return None, 1
