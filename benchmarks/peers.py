@@ -55,4 +55,13 @@ PEERS = [
     Pair("NAdam", gd.NAdam, "torch default", lambda p: torch.optim.NAdam(p, lr=1e-3), copies(2)),
     Pair("Adafactor", gd.Adafactor, "torch default", lambda p: torch.optim.Adafactor(p, lr=1e-3), rows_and_columns),
     Pair("AdEMAMix", gd.AdEMAMix, "pytorch_optimizer", ademamix, copies(3)),
+    Pair(
+        "LARS",
+        gd.LARS,
+        "torch fused AdamW",
+        lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+        copies(1),
+        {"weight_decay": 1e-2},
+    ),
+    Pair("LAMB", gd.LAMB, "torch fused AdamW", lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True), copies(2)),
 ]

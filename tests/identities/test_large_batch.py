@@ -333,6 +333,16 @@ def test_what_was_discarded_counts_no_longer():
     close(trained(looked), trained(plain))
 
 
+def test_gradients_set_to_zero_leave_nothing_behind():
+    model = network()
+    optimizer = gd.CLARS(model, lr=0.2, trust=0.5, weight_decay=0.1)
+    for _ in range(3):
+        model.zero_grad(set_to_none=False)  # not None, and not by the optimizer
+        plain(model)
+        optimizer.step()
+    close([p.detach() for p in model.parameters()], trained(plain))
+
+
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_gradient_scaler(told, unscaled):
