@@ -87,4 +87,13 @@ PEERS = [
         lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
         copies(2),
     ),
+    Pair(
+        "LARS",
+        gd.LARS,
+        "torch fused AdamW",
+        lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+        copies(1),
+        {"weight_decay": 1e-2},
+    ),
+    Pair("LAMB", gd.LAMB, "torch fused AdamW", lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True), copies(2)),
 ]

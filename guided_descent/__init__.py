@@ -1,6 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head eb3f7a44
+# %% head 77768677
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -50,6 +50,13 @@ from guided_descent.kfac import (
     FOOF,
     KFAC,
 )
+from guided_descent.large_batch import (
+    CLARS,
+    LAMB,
+    LARS,
+    adaptive_clip_,
+    clip_by_norm_,
+)
 from guided_descent import layers as layers
 from guided_descent import layerwise as layerwise
 from guided_descent import likelihoods as likelihoods
@@ -97,12 +104,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BFGS",
+    "CLARS",
     "EKFAC",
     "EMA",
     "FOOF",
     "GGN",
     "GPA",
     "KFAC",
+    "LAMB",
+    "LARS",
     "LAWA",
     "LBFGS",
     "SGD",
@@ -140,6 +150,8 @@ __all__ = [
     "Signum",
     "Sophia",
     "__version__",
+    "adaptive_clip_",
+    "clip_by_norm_",
     "critical_batch_size",
     "dual_norm",
     "hutchinson_diagonal",

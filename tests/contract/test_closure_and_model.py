@@ -83,6 +83,13 @@ CASES = {
     ),
     "EKFAC": of_model(gd.EKFAC, 0.1, [{"momentum": 1.0}, {"factor_update_every": 0}], EVERY | {"fisher": "type-2"}),
     "FOOF": of_model(gd.FOOF, 0.1, [{"weight_decay": -1.0}, {"damping": 0.0}], EVERY),
+    "CLARS": Case(
+        gd.CLARS,
+        lambda model, **given: gd.CLARS(model, **{"trust": 1.0, **given}),
+        0.02,
+        [{"momentum": 1.0}, {"trust": 0.0}, {"weight_decay": -1.0}, {"eps": -1.0}],
+        (torch.float64, torch.float32, torch.bfloat16),
+    ),
     "AdaHessian": of_parameters(
         gd.AdaHessian, 0.1, [{"hessian_power": 1.5}, {"hessian_update_every": 0}, {"betas": (1.0, 0.9)}], eps=0.1
     ),

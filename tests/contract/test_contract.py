@@ -121,6 +121,14 @@ CASES = {
     "KLShampoo": Case(
         gd.KLShampoo, None, {"eps": 0.1, "precondition_every": 2}, [*BAD_BETAS, {"max_dim": 1.5}], spreads=False
     ),
+    "LARS": Case(gd.LARS, None, {"momentum": 0.9}, [{"momentum": 1.0}, {"trust": 0.0}, {"eps": -1.0}, {"weight_decay": -1.0}]),
+    "LARS-inside": Case(
+        gd.LARS, None, {"trust": 0.5, "lr_in_buffer": True, "adapt_vectors": True}
+    ),
+    "LAMB": Case(gd.LAMB, None, {"weight_decay": 0.0}, [*BAD_BETAS, {"eps": -1.0}, {"clamp": (-1.0, 2.0)}]),
+    "LAMB-clamp": Case(
+        gd.LAMB, None, {"weight_decay": 0.0, "clamp": (0.5, 2.0), "bias_correction": False, "adapt_vectors": True}
+    ),
     "PSGDKron": Case(gd.PSGDKron, None, {}, [*BAD_BETAS, {"preconditioner_lr": 0.0}, {"clip": 0.0}], spreads=False),
     "ScheduleFreeSGD": Case(
         gd.ScheduleFreeSGD, None, {}, [{"momentum": 1.5}, {"warmup_steps": -1}, {"warmup_steps": 0.5}, {"r": -1.0}]

@@ -31,6 +31,8 @@ CASES = {
     "Lion": (gd.Lion, {"weight_decay": 0.1}),
     "NormalizedSGD": (gd.NormalizedSGD, {"momentum": 0.9}),
     "NormalizedSGD-layer": (gd.NormalizedSGD, {"scope": "layer"}),
+    "LARS": (gd.LARS, {"weight_decay": 0.1, "trust": 0.5, "adapt_vectors": True}),
+    "LAMB": (gd.LAMB, {"weight_decay": 0.1}),
 }
 rank, folder = int(dist.init_process_group("gloo") or dist.get_rank()), Path(sys.argv[1])
 mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -137,6 +139,13 @@ weight = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
 weight.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
 refused(gd.Muon([weight]).step, "a parameter, (4, 3): it is sharded over processes (DTensor), and Muon needs all of it")
 refused(gd.Adafactor([weight], engine="compile").step, "where Adafactor has no engine='compile'")
+refused(gd.LARS([weight], engine="foreach").step, "where LARS has no engine='foreach'")
+refused(lambda: gd.CLARS(fully_shard(nn.Linear(3, 4), mesh=mesh)), "where CLARS sees no example's gradient")
+weight.grad = distribute_tensor(torch.full((4, 3), 5.0), mesh, [Shard(0)])
+assert abs(gd.clip_by_norm_([weight], 1.0).item() - 300**0.5) < 1e-5
+torch.testing.assert_close(full(weight.grad), torch.full((4, 3), 12**-0.5))
+gd.adaptive_clip_([weight], 0.1)
+torch.testing.assert_close(full(weight.grad), torch.full((4, 3), 0.1))
 bigger = gd.AdamW([weight])
 bigger.step()
 bigger.state[weight]["exp_avg"] = torch.zeros(6, 3)
