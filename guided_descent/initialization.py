@@ -1,6 +1,6 @@
 # Generated from chapters/18_initialization.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 2d18d00c
+# %% head 9df73818
 """Chapter 18, Initialization."""
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-# %% 18_initialization sec-in-lengths 1 94c6db4a
+# %% 18_initialization sec-in-mean-field 1 94c6db4a
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -99,7 +99,7 @@ class MeanField:
     def __repr__(self) -> str:
         return f"MeanField({self.phi!r}, {self.sigma_w:g}, {self.sigma_b:g})"
 
-    # %% 18_initialization sec-in-lengths 2 1de11869
+    # %% 18_initialization sec-in-mean-field 2 1de11869
     def length(self, q: float) -> float:
         """Mean square after a layer, from that before it."""
         return self.sigma_w**2 * self._square(q) + self.sigma_b**2
@@ -114,7 +114,7 @@ class MeanField:
             return c
         return (self.sigma_w**2 * self._product(q, c) + self.sigma_b**2) / self.length(q)
 
-    # %% 18_initialization sec-in-lengths 3 fe469878
+    # %% 18_initialization sec-in-mean-field 3 fe469878
     def _square(self, q: float) -> float:
         """E φ²."""
         if self.slope is not None:
@@ -486,6 +486,79 @@ def gaussian_(
     return Report(report + rest)
 
 
+# %% 18_initialization sec-in-chaos 1 8e62132c
+def lyapunov(
+    layers: Iterable[Callable[[Tensor], Tensor]],
+    x: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+) -> float:
+    """Growth of a small disturbance, in nats a layer: the largest Lyapunov exponent.
+
+    A disturbance v of the input is carried on by each layer's derivative, and its length
+    measured and divided out::
+
+        v ← J v,    λ ← λ + log‖v‖ / layers,    v ← v/‖v‖
+
+    Args:
+        layers: Functions of one tensor, run one after another: an ``nn.Sequential``, a list
+            of blocks, or ``[cell] * steps`` for a recurrent map.
+        x: A batch of inputs, examples first; each gets a disturbance of its own.
+        generator: Where the disturbances come from. ``None``: torch's.
+
+    Returns:
+        The mean over the batch: negative where differences die out, positive where they
+        grow, ``-inf`` where nothing is left of one.
+
+    Raises:
+        TypeError: ``layers`` are no functions.
+        ValueError: There is no layer; ``x`` is no batch of floating-point numbers.
+        FloatingPointError: A disturbance is not finite.
+
+    Source: Benettin et al. (1980), doi 10.1007/BF02128236; Feng, Zhang & Lai, arXiv
+        2107.09437. Chapter 18, eq-in-lyapunov.
+    """
+    layers = _check_layers(layers, x)
+    v = _normal(tuple(x.shape), x, generator).to(x.dtype)
+    total = torch.zeros(len(x), dtype=wide(x.dtype), device=x.device)
+    v = v / _lengths(v)
+    for layer in layers:
+        with torch.no_grad():
+            x, v = torch.func.jvp(layer, (x,), (v,))
+        size = _lengths(v)
+        total += size.flatten().log()
+        v = v / torch.where(size > 0, size, 1.0)
+    exponent = float(total.mean()) / len(layers)
+    if math.isnan(exponent) or exponent == math.inf:
+        raise FloatingPointError("layers: a disturbance of x is not finite")
+    return exponent
+
+
+# %% 18_initialization sec-in-chaos 2 54e38fe4
+def _lengths(v: Tensor) -> Tensor:
+    """The norm of each example, in a shape that divides ``v``."""
+    norms = torch.linalg.vector_norm(v.flatten(1), dim=1)
+    return norms.view(-1, *[1] * (v.ndim - 1))
+
+
+def _check_layers(layers: Any, x: Any) -> list[Callable[[Tensor], Tensor]]:
+    if isinstance(layers, nn.Module) and not isinstance(layers, Iterable):
+        told = f"layers is a {type(layers).__name__}, one module"
+        raise TypeError(f"{told}; pass its blocks: list(model.blocks), or [cell] * steps")
+    layers = list(layers)
+    if not layers:
+        raise ValueError("layers=[] is empty; pass one function at least")
+    for k, layer in enumerate(layers):
+        if not callable(layer):
+            told = f"layers[{k}]={layer!r} cannot be called"
+            raise TypeError(f"{told}; pass functions of one tensor")
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and len(x)):
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        told = f"x ({shape}) is no batch of floating-point numbers"
+        raise ValueError(f"{told}; pass a tensor of shape (examples, ...)")
+    return layers
+
+
 # %% 18_initialization sec-in-orthogonal 1 561737ab
 def haar(m: int, n: int, like: Tensor, generator: Any = None) -> Tensor:
     """An m×n matrix with orthonormal rows, or columns if it is tall; all equally likely.
@@ -570,79 +643,6 @@ def orthogonal_(
         w.clear_bias()
         report += w.changed(f"orthogonal ×{scale:.3g}")
     return Report(report + rest)
-
-
-# %% 18_initialization sec-in-chaos 1 8e62132c
-def lyapunov(
-    layers: Iterable[Callable[[Tensor], Tensor]],
-    x: Tensor,
-    *,
-    generator: torch.Generator | None = None,
-) -> float:
-    """Growth of a small disturbance, in nats a layer: the largest Lyapunov exponent.
-
-    A disturbance v of the input is carried on by each layer's derivative, and its length
-    measured and divided out::
-
-        v ← J v,    λ ← λ + log‖v‖ / layers,    v ← v/‖v‖
-
-    Args:
-        layers: Functions of one tensor, run one after another: an ``nn.Sequential``, a list
-            of blocks, or ``[cell] * steps`` for a recurrent map.
-        x: A batch of inputs, examples first; each gets a disturbance of its own.
-        generator: Where the disturbances come from. ``None``: torch's.
-
-    Returns:
-        The mean over the batch: negative where differences die out, positive where they
-        grow, ``-inf`` where nothing is left of one.
-
-    Raises:
-        TypeError: ``layers`` are no functions.
-        ValueError: There is no layer; ``x`` is no batch of floating-point numbers.
-        FloatingPointError: A disturbance is not finite.
-
-    Source: Benettin et al. (1980), doi 10.1007/BF02128236; Feng, Zhang & Lai, arXiv
-        2107.09437. Chapter 18, eq-in-lyapunov.
-    """
-    layers = _check_layers(layers, x)
-    v = _normal(tuple(x.shape), x, generator).to(x.dtype)
-    total = torch.zeros(len(x), dtype=wide(x.dtype), device=x.device)
-    v = v / _lengths(v)
-    for layer in layers:
-        with torch.no_grad():
-            x, v = torch.func.jvp(layer, (x,), (v,))
-        size = _lengths(v)
-        total += size.flatten().log()
-        v = v / torch.where(size > 0, size, 1.0)
-    exponent = float(total.mean()) / len(layers)
-    if math.isnan(exponent) or exponent == math.inf:
-        raise FloatingPointError("layers: a disturbance of x is not finite")
-    return exponent
-
-
-# %% 18_initialization sec-in-chaos 2 54e38fe4
-def _lengths(v: Tensor) -> Tensor:
-    """The norm of each example, in a shape that divides ``v``."""
-    norms = torch.linalg.vector_norm(v.flatten(1), dim=1)
-    return norms.view(-1, *[1] * (v.ndim - 1))
-
-
-def _check_layers(layers: Any, x: Any) -> list[Callable[[Tensor], Tensor]]:
-    if isinstance(layers, nn.Module) and not isinstance(layers, Iterable):
-        told = f"layers is a {type(layers).__name__}, one module"
-        raise TypeError(f"{told}; pass its blocks: list(model.blocks), or [cell] * steps")
-    layers = list(layers)
-    if not layers:
-        raise ValueError("layers=[] is empty; pass one function at least")
-    for k, layer in enumerate(layers):
-        if not callable(layer):
-            told = f"layers[{k}]={layer!r} cannot be called"
-            raise TypeError(f"{told}; pass functions of one tensor")
-    if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and len(x)):
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        told = f"x ({shape}) is no batch of floating-point numbers"
-        raise ValueError(f"{told}; pass a tensor of shape (examples, ...)")
-    return layers
 
 
 # %% 18_initialization sec-in-residual 1 8fd536af
