@@ -1,6 +1,6 @@
 # Generated from chapters/18_initialization.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 9df73818
+# %% head 3d502289
 """Chapter 18, Initialization."""
 
 __all__ = [
@@ -486,7 +486,7 @@ def gaussian_(
     return Report(report + rest)
 
 
-# %% 18_initialization sec-in-chaos 1 8e62132c
+# %% 18_initialization sec-in-chaos 1 70494fd3
 def lyapunov(
     layers: Iterable[Callable[[Tensor], Tensor]],
     x: Tensor,
@@ -515,8 +515,8 @@ def lyapunov(
         ValueError: There is no layer; ``x`` is no batch of floating-point numbers.
         FloatingPointError: A disturbance is not finite.
 
-    Source: Benettin et al. (1980), doi 10.1007/BF02128236; Feng, Zhang & Lai, arXiv
-        2107.09437. Chapter 18, eq-in-lyapunov.
+    Source: Benettin et al. (1980), doi 10.1007/BF02128236; Zhang, Feng, Chen &
+        Lai, arXiv 2107.09437. Chapter 18, eq-in-lyapunov.
     """
     layers = _check_layers(layers, x)
     v = _normal(tuple(x.shape), x, generator).to(x.dtype)
