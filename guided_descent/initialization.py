@@ -1,6 +1,6 @@
 # Generated from chapters/18_initialization.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 3d502289
+# %% head 061055e7
 """Chapter 18, Initialization."""
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-# %% 18_initialization sec-in-mean-field 1 94c6db4a
+# %% 18_initialization sec-in-mean-field 1 e7420f6f
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -56,9 +56,10 @@ class MeanField:
         χ = σ_w² E[φ'(√q z)²]
 
     Gradients grow by √χ a layer on their way back. For the activations of ``BENT`` the
-    means are known. For others they are sums over an even grid on [−10, 10], whose error
-    falls exponentially where φ is analytic. They are refused where half of the nodes
-    differ by more than 1e-6; the error is then below 1e-11, except for an abrupt φ.
+    means are known. For others they are sums over an even grid on [−10, 10], whose
+    error falls exponentially where φ is analytic. They are refused where half of the
+    nodes differ by more than 1e-6; the error is then below 1e-11, except for an abrupt
+    φ.
 
     Args:
         phi: A name of ``SMOOTH`` or ``BENT``, or a function of tensors, elementwise and
@@ -68,8 +69,8 @@ class MeanField:
         nodes: Points of the grid, at least 41. Default 401.
 
     Raises:
-        ValueError: An unknown ``phi``; an argument outside its range; from the methods, a
-            ``phi`` with kinks, or too steep for the grid.
+        ValueError: An unknown ``phi``; an argument outside its range; from the methods,
+            a ``phi`` with kinks, or too steep for the grid.
         TypeError: ``phi`` is no name and cannot be called.
 
     Source: Poole et al., arXiv 1606.05340; Schoenholz et al., arXiv 1611.01232. Chapter
@@ -99,14 +100,16 @@ class MeanField:
     def __repr__(self) -> str:
         return f"MeanField({self.phi!r}, {self.sigma_w:g}, {self.sigma_b:g})"
 
-    # %% 18_initialization sec-in-mean-field 2 1de11869
+    # %% 18_initialization sec-in-mean-field 2 d7223ef3
     def length(self, q: float) -> float:
         """Mean square after a layer, from that before it."""
         return self.sigma_w**2 * self._square(q) + self.sigma_b**2
 
+
     def chi(self, q: float) -> float:
         """Factor χ of the mean square of a gradient, one layer back."""
         return self.sigma_w**2 * self._steepness(q)
+
 
     def cosine(self, c: float, q: float) -> float:
         """Cosine of two inputs of mean square ``q`` after a layer, from that before it."""
@@ -114,12 +117,13 @@ class MeanField:
             return c
         return (self.sigma_w**2 * self._product(q, c) + self.sigma_b**2) / self.length(q)
 
-    # %% 18_initialization sec-in-mean-field 3 fe469878
+    # %% 18_initialization sec-in-mean-field 3 4b9d8d58
     def _square(self, q: float) -> float:
         """E φ²."""
         if self.slope is not None:
             return (1 + self.slope**2) / 2 * q
         return self._mean(self._phi(math.sqrt(q) * self._z).square(), q)
+
 
     def _steepness(self, q: float) -> float:
         """E φ'²."""
@@ -129,6 +133,7 @@ class MeanField:
             x = (math.sqrt(q) * self._z).requires_grad_()
             (slopes,) = torch.autograd.grad(self._phi(x).sum(), x)
         return self._mean(slopes.square(), q)
+
 
     def _product(self, q: float, c: float) -> float:
         """E φφ, at cosine c."""
@@ -140,6 +145,7 @@ class MeanField:
         second = c * first[:, None] + math.sqrt(1 - c * c) * first
         values = self._phi(first)[:, None] * self._phi(second)
         return self._mean(values, q)
+
 
     def _mean(self, values: Tensor, q: float) -> float:
         """Mean over one or two normal numbers, refused where the grid is too coarse."""
@@ -154,6 +160,7 @@ class MeanField:
             remedy = f"pass a smooth phi, a name of BENT, or nodes={2 * nodes - 1}"
             raise ValueError(f"{told} nodes={nodes}; {remedy}")
         return float(full)
+
 
     def run(self, depth: int, q: float = 1.0, c: float = 0.0) -> dict[str, Tensor]:
         """Follow two inputs through the layers.
@@ -178,12 +185,14 @@ class MeanField:
         found = torch.tensor(rows, dtype=torch.float64).T
         return dict(zip(("q", "c", "gradient"), found, strict=True))
 
+
     def fixed_point(self) -> float:
         """The mean square that layers lead to: infinite where they grow without bound.
 
         Raises:
             ValueError: Every mean square is a fixed point.
         """
+
         def gap(q: float) -> float:
             return self.length(q) - q
 
@@ -224,7 +233,7 @@ def critical_point(q: float, phi: Any = "tanh") -> tuple[float, float]:
     return 1 / field.chi(q), q - field.length(q) / field.chi(q)
 
 
-# %% 18_initialization sec-in-critical 2 4339c4c2
+# %% 18_initialization sec-in-critical 2 451ec866
 def critical_gain(phi: Any = "tanh", sigma_b: float = 0.0) -> float:
     """The gain σ_w at which gradients neither grow nor shrink with depth.
 
@@ -263,7 +272,9 @@ def critical_gain(phi: Any = "tanh", sigma_b: float = 0.0) -> float:
                 low, high = (q, high) if above else (low, q)
             if _is_stable(field, q):
                 return math.sqrt(critical_point(q, phi)[0])
-    stable = [b + target for q, b in zip(grid, missing, strict=True) if _is_stable(field, q)]
+    stable = [
+        b + target for q, b in zip(grid, missing, strict=True) if _is_stable(field, q)
+    ]
     larger = [f"sigma_b={math.sqrt(b):.3g}" for b in stable[:1] if b > target]
     keep = 1 / math.sqrt(field.length(1.0))
     told = f"phi={phi!r} with sigma_b={sigma_b} has no critical gain of stable length"
@@ -277,7 +288,7 @@ def _is_stable(field: MeanField, q: float) -> bool:
     return change <= 0.002 * q * field.chi(q)
 
 
-# %% 18_initialization sec-in-model 1 a11a2f7c
+# %% 18_initialization sec-in-model 1 b919a876
 class Change(NamedTuple):
     """What became of a parameter, and why."""
 
@@ -398,7 +409,10 @@ def _kind(
         tied = ", tied to an output layer" if len(owners) > 1 else ""
         return "", f"embedding: rows are looked up, not summed{tied}"
     if type(module).__name__ in ("ParametrizationList", "_WeightNorm", "_Orthogonal"):
-        return "", "parametrized: the weight is computed from it; remove, then add again"
+        return (
+            "",
+            "parametrized: the weight is computed from it; remove, then add again",
+        )
     if word == "weight" and type(module).__name__ == "Conv1D":
         return "", "kept as inputs × outputs"
     if word == "weight" and isinstance(module, nn.Linear):
@@ -486,7 +500,7 @@ def gaussian_(
     return Report(report + rest)
 
 
-# %% 18_initialization sec-in-chaos 1 70494fd3
+# %% 18_initialization sec-in-chaos 1 13b9e2e2
 def lyapunov(
     layers: Iterable[Callable[[Tensor], Tensor]],
     x: Tensor,
@@ -495,14 +509,14 @@ def lyapunov(
 ) -> float:
     """Growth of a small disturbance, in nats a layer: the largest Lyapunov exponent.
 
-    A disturbance v of the input is carried on by each layer's derivative, and its length
-    measured and divided out::
+    A disturbance v of the input is carried on by each layer's derivative, and its
+    length measured and divided out::
 
         v ← J v,    λ ← λ + log‖v‖ / layers,    v ← v/‖v‖
 
     Args:
-        layers: Functions of one tensor, run one after another: an ``nn.Sequential``, a list
-            of blocks, or ``[cell] * steps`` for a recurrent map.
+        layers: Functions of one tensor, run one after another: an ``nn.Sequential``, a
+            list of blocks, or ``[cell] * steps`` for a recurrent map.
         x: A batch of inputs, examples first; each gets a disturbance of its own.
         generator: Where the disturbances come from. ``None``: torch's.
 
@@ -534,7 +548,7 @@ def lyapunov(
     return exponent
 
 
-# %% 18_initialization sec-in-chaos 2 54e38fe4
+# %% 18_initialization sec-in-chaos 2 dc79de62
 def _lengths(v: Tensor) -> Tensor:
     """The norm of each example, in a shape that divides ``v``."""
     norms = torch.linalg.vector_norm(v.flatten(1), dim=1)
@@ -544,7 +558,9 @@ def _lengths(v: Tensor) -> Tensor:
 def _check_layers(layers: Any, x: Any) -> list[Callable[[Tensor], Tensor]]:
     if isinstance(layers, nn.Module) and not isinstance(layers, Iterable):
         told = f"layers is a {type(layers).__name__}, one module"
-        raise TypeError(f"{told}; pass its blocks: list(model.blocks), or [cell] * steps")
+        raise TypeError(
+            f"{told}; pass its blocks: list(model.blocks), or [cell] * steps"
+        )
     layers = list(layers)
     if not layers:
         raise ValueError("layers=[] is empty; pass one function at least")
@@ -559,19 +575,19 @@ def _check_layers(layers: Any, x: Any) -> list[Callable[[Tensor], Tensor]]:
     return layers
 
 
-# %% 18_initialization sec-in-orthogonal 1 561737ab
+# %% 18_initialization sec-in-orthogonal 1 4e6ef990
 def haar(m: int, n: int, like: Tensor, generator: Any = None) -> Tensor:
-    """An m×n matrix with orthonormal rows, or columns if it is tall; all equally likely.
+    """An m×n matrix with orthonormal rows or columns; all are equally likely.
 
     Source: Mezzadri, arXiv math-ph/0609050. Chapter 18, eq-in-haar.
     """
-    tall = _normal((max(m, n), min(m, n)), like, generator)
-    Q, R = torch.linalg.qr(tall)
+    Z = _normal((m, n), like, generator)
+    Q, R = torch.linalg.qr(Z if m >= n else Z.mT)
     Q = Q * R.diagonal().sign()
     return Q if m >= n else Q.mT
 
 
-# %% 18_initialization sec-in-orthogonal 2 151049f5
+# %% 18_initialization sec-in-orthogonal 2 0741fabf
 #: What an orthogonal matrix of a tall shape keeps: see ``orthogonal_``.
 KEEPS = ("rms", "norm")
 
@@ -591,9 +607,10 @@ def orthogonal_(
 ) -> Report:
     """Make weights multiples of orthogonal matrices, in place, and biases zero.
 
-    An m×n matrix (m outputs) becomes ``gain · max(1, √(m/n)) · Q``, with orthonormal rows
-    or columns. It then has the mean square of a normal one with variance gain²/n. A fused
-    projection of attention is three matrices, a grouped convolution one for each group.
+    An m×n matrix (m outputs) becomes ``gain · max(1, √(m/n)) · Q``, with orthonormal
+    rows or columns. It then has the mean square of a normal one with variance gain²/n.
+    A fused projection of attention is three matrices, a grouped convolution one for
+    each group.
 
     Args:
         model: All its linear and convolutional weights are set.
@@ -601,9 +618,9 @@ def orthogonal_(
         keep: What a tall matrix keeps of its input: ``"rms"`` (the default), the mean
             square of an entry, as above; ``"norm"``, the norm, without the root, as
             ``torch.nn.init.orthogonal_``.
-        conv: ``"flat"`` (the default): a convolution as an out × (in · window) matrix, as
-            in torch. ``"delta"``: an orthogonal matrix at the centre of the window and
-            zeros around it: it keeps norms exactly, with circular padding.
+        conv: ``"flat"`` (the default): a convolution as an out × (in · window) matrix,
+            as in torch. ``"delta"``: an orthogonal matrix at the centre of the window
+            and zeros around it: it keeps norms exactly, with circular padding.
         generator: Where the numbers come from. ``None``: torch's.
 
     Returns:
@@ -612,7 +629,8 @@ def orthogonal_(
     Raises:
         TypeError: ``model`` is no module, ``generator`` no generator.
         ValueError: An argument outside its range; an even window under ``"delta"``; no
-            weight to set; parameters without memory or sharded. Nothing has changed then.
+            weight to set; parameters without memory or sharded. Nothing has changed
+            then.
 
     Source: Saxe et al., arXiv 1312.6120; Xiao et al., arXiv 1806.05393 (delta). Chapter
         18, eq-in-haar.
@@ -740,7 +758,7 @@ def _endings(
     return endings, rest
 
 
-# %% 18_initialization sec-in-residual 2 fdfb49a4
+# %% 18_initialization sec-in-residual 2 26fe3fe5
 @torch.no_grad()
 def depth_scaled_(
     model: nn.Module,
@@ -753,16 +771,16 @@ def depth_scaled_(
 
     With L branches x ← x + f(x), each of m layers:
 
-    - ``"sqrt"``: the last layer of a branch times 1/√L, weight and bias. The output of a
-      stack then grows by a constant and not by a power of L.
+    - ``"sqrt"``: the last layer of a branch times 1/√L, weight and bias. The output of
+      a stack then grows by a constant and not by a power of L.
     - ``"zero"``: the last layer of a branch zero: every block starts as the identity.
     - ``"fixup"``: the last layer zero, the others times L^{−1/(2m−2)}, biases zero; and
-      ``head`` zero. Fixup's scalar biases and multipliers are parameters that a model has
-      or has not: none is added.
+      ``head`` zero. Fixup's scalar biases and multipliers are parameters that a model
+      has or has not: none is added.
 
-    Where a norm layer follows the last weight, it undoes any scale of that weight: its own
-    weight and bias are scaled in place of it. A scale multiplies what is there: call this
-    once, after the weights are drawn.
+    Where a norm layer follows the last weight, it undoes any scale of that weight: its
+    own weight and bias are scaled in place of it. A scale multiplies what is there:
+    call this once, after the weights are drawn.
 
     Args:
         model: The network.
@@ -770,19 +788,20 @@ def depth_scaled_(
         branches: What is added, one entry a branch: a module, its name, or a list of
             modules that run one after another. ``None``: attention and feed-forward of
             torch's own transformer layers.
-        head: The output layer, or its name; for ``"fixup"`` alone. ``None``: left alone.
+        head: The output layer, or its name; for ``"fixup"`` alone. ``None``: left
+            alone.
 
     Returns:
         A report; printed, it says what was changed, what was left alone, and why.
 
     Raises:
         TypeError: ``model`` is no module; ``branches`` is no list.
-        ValueError: An unknown ``how``; a branch that is not the model's, overlaps another,
-            or has nothing to scale; under ``"fixup"`` a branch of one layer or with a norm
-            layer; ``head`` without ``"fixup"``. Nothing has changed then.
+        ValueError: An unknown ``how``; a branch that is not the model's, overlaps
+            another, or has nothing to scale; under ``"fixup"`` a branch of one layer or
+            with a norm layer; ``head`` without ``"fixup"``. Nothing has changed then.
 
-    Source: Zhang, Dauphin & Ma, arXiv 1901.09321 (fixup); Goyal et al., arXiv 1706.02677
-        (zero); Radford et al. (2019, sqrt). Chapter 18, eq-in-residual.
+    Source: Zhang, Dauphin & Ma, arXiv 1901.09321 (fixup); Goyal et al., arXiv
+        1706.02677 (zero); Radford et al. (2019, sqrt). Chapter 18, eq-in-residual.
     """
     check_choice("how", how, ("sqrt", "zero", "fixup"))
     _check_model(model)
@@ -852,7 +871,7 @@ def _check_fixup(
     return found
 
 
-# %% 18_initialization sec-in-lsuv 1 2b3b752b
+# %% 18_initialization sec-in-lsuv 1 da2f789f
 def lsuv_(
     model: nn.Module,
     example: Any,
@@ -864,8 +883,8 @@ def lsuv_(
     """Scale each layer so that its output on an example has a given variance, in place.
 
     Layer by layer, as the model runs: W ← W · √(target / Var(W a)), the variance over
-    all examples and units. Biases become zero. The model runs twice, in evaluation mode;
-    its modes and buffers are as before.
+    all examples and units. Biases become zero. The model runs twice, in evaluation
+    mode; its modes and buffers are as before.
 
     Args:
         model: All linear and convolutional layers that run are scaled.
@@ -983,7 +1002,7 @@ def emergence_factors(depth: int, alpha: float) -> list[float]:
     return [alpha ** (n - (depth - 1) / 2) for n in range(depth)]
 
 
-# %% 18_initialization sec-in-emergence 2 44ce8668
+# %% 18_initialization sec-in-emergence 2 0a9217fe
 @torch.no_grad()
 def emergence_(
     model: nn.Module,
@@ -994,23 +1013,23 @@ def emergence_(
 
     Of L layers, number l = 1 … L is multiplied by ``s_l = alpha^(l − (L+1)/2)``; the
     product of all is one. A bias is multiplied by ``s_1 ⋯ s_l``. Where activations are
-    positively homogeneous (ReLU) and no path skips a layer, the function of the network is
-    unchanged, and training is training from the old start with other learning rates: SGD's
-    divided by s_l², Adam's and Muon's by s_l.
+    positively homogeneous (ReLU) and no path skips a layer, the function of the network
+    is unchanged, and training is training from the old start with other learning rates:
+    SGD's divided by s_l², Adam's and Muon's by s_l.
 
     Args:
         model: The network.
         alpha: Ratio of neighbouring layers, in (0, ∞). Default 1.2; 1 changes nothing.
-        layers: Linear or convolutional modules, or names, from input to output. ``None``:
-            all, in order of definition.
+        layers: Linear or convolutional modules, or names, from input to output.
+            ``None``: all, in order of definition.
 
     Returns:
         A report; printed, it says what was changed, what was left alone, and why.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``alpha`` outside its range; fewer than two layers; a layer that is not
-            the model's, or named twice. Nothing has changed then.
+        ValueError: ``alpha`` outside its range; fewer than two layers; a layer that is
+            not the model's, or named twice. Nothing has changed then.
 
     Source: Li, George & Silva, arXiv 2407.19044. Chapter 18, eq-in-emergence.
     """
