@@ -406,7 +406,7 @@ def test_lsuv_gives_each_output_its_variance():
     for layer in model.eval():
         h = layer(h)
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            assert float(h.var()) == pytest.approx(2.0, rel=1e-9)
+            assert h.var().item() == pytest.approx(2.0, rel=1e-9)
             assert not layer.bias.any()
     W = model[5].weight.detach()
     gram = W @ W.T
@@ -427,16 +427,18 @@ def test_lsuv_of_shared_idle_and_silent_layers():
         def __init__(self):
             super().__init__()
             self.twice, self.idle = nn.Linear(3, 3), nn.Linear(3, 3)
-            self.silent = nn.Linear(3, 3)
+            self.after, self.silent = nn.Linear(3, 3), nn.Linear(3, 3)
 
         def forward(self, x):
-            return self.silent(0 * self.twice(torch.tanh(self.twice(x))))
+            h = self.after(self.twice(torch.tanh(self.twice(x))))
+            return h + self.silent(0 * h)
 
     model = Model().double()
     idle = model.idle.weight.detach().clone()
     x = torch.randn(20, 3, dtype=BASE)
     report = {x.name: x for x in init.lsuv_(model, {"x": x}, generator=source())}
-    assert float(model.twice(x).var()) == pytest.approx(1)
+    assert model.twice(x).var().item() == pytest.approx(1)
+    assert model(x).var().item() == pytest.approx(1)
     assert report["idle.weight"].reason == "its module did not run"
     assert not report["idle.weight"].done and torch.equal(model.idle.weight, idle)
     assert "does not vary" in report["silent.weight"].reason
