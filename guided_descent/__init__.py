@@ -1,6 +1,7 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
 # %% head 77768677
+# %% head 0335be46
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (
@@ -45,6 +46,7 @@ from guided_descent.diagonal import (
 from guided_descent import engines as engines
 from guided_descent import examples as examples
 from guided_descent import feature_learning as feature_learning
+from guided_descent import initialization as initialization
 from guided_descent.kfac import (
     EKFAC,
     FOOF,
