@@ -1,7 +1,6 @@
 # Generated from chapters/*.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 77768677
-# %% head 0335be46
+# %% head 88111136
 """Guided Descent: the package that the chapters of the book build."""
 
 from guided_descent.adaptive import (

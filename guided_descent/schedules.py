@@ -1,6 +1,6 @@
 # Generated from chapters/15_schedules.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 0e499d0d
+# %% head a1896fc5
 """Chapter 15, Schedules."""
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 
-# %% 15_schedules sec-sc-module 1 701f1d9b
+# %% 15_schedules sec-sc-module 1 a47750f4
 import math
 import operator
 import warnings
@@ -43,8 +43,8 @@ class Schedule:
         scheduler = LambdaLR(optimizer, schedule)
 
     ``a >> b`` runs ``b`` after ``a``, scaled by the factor that ``a`` ends with. The
-    whole is continuous unless ``b`` begins with a warm-up. A piece of n steps owns its steps 0 to n − 1, and step
-    n is the first of the next one::
+    whole is continuous unless ``b`` begins with a warm-up. A piece of n steps owns its
+    steps 0 to n − 1, and step n is the first of the next one::
 
         warmup         (t + 1) / (n + 1)      the first step is not wasted at 0
         decay          end + (1 − end) · h(t / n),  h from 1 at t = 0 to 0 at t = n
