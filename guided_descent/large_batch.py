@@ -1,6 +1,6 @@
 # Generated from chapters/17_large_batches.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head b5095c4d
+# %% head 8cfdb995
 """Chapter 17, Large batches."""
 
 __all__ = [
@@ -271,7 +271,7 @@ class LAMB(_LayerWise):
             u.add_(p, alpha=h.weight_decay)
         p.add_(u * _rate(p, _phi(_norm(p), h), _norm(u), h), alpha=-h.lr)
 
-    # %% 17_large_batches sec-lb-lamb 3 39d62000
+    # %% 17_large_batches sec-lb-lamb 3 e73cde38
     @staticmethod
     def clock(h: Any) -> None:
         b1, b2 = h.betas if h.bias_correction else (0.0, 0.0)
@@ -295,7 +295,7 @@ class LAMB(_LayerWise):
 
     @staticmethod
     def fused(p: list[Tensor], g: list[Tensor], s: Any, h: Any) -> None:
-        """Torch's Adam makes u, from λw with a step of minus one; some tensors at a time."""
+        """Torch's Adam makes u, from λw by a step of minus one; some tensors at a time."""
         lr = _number(h.lr) * (h.found_inf is None or not h.found_inf.numpy())
         step = s.step if h.bias_correction else [torch.full((), torch.inf)] * len(p)
         chunks = list(_chunks(p))
