@@ -1,6 +1,6 @@
 # Generated from chapters/17_large_batches.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 3097fa33
+# %% head 8cfdb995
 """Chapter 17, Large batches."""
 
 __all__ = [
@@ -14,7 +14,8 @@ __all__ = [
 ]
 
 
-# %% 17_large_batches sec-lb-lars 1 559aab17
+# %% 17_large_batches sec-lb-lars 1 98a399b3
+from collections import defaultdict
 from typing import Any, Unpack
 
 import torch
@@ -26,7 +27,7 @@ from guided_descent.adaptive import _moments
 from guided_descent.capture import Capture
 from guided_descent.core import Grads, Group, Optimizer, Options
 from guided_descent.core import check_choice, check_range, wide
-from guided_descent.engines import Batch, matrixwise
+from guided_descent.engines import Batch, _chunks, matrixwise
 from guided_descent.layers import Layer
 from guided_descent.vector import flat, processes, unflat
 
@@ -84,7 +85,7 @@ def trust_ratio(
     return torch.where((w > 0) & (u > 0), ratio, 1)
 
 
-# %% 17_large_batches sec-lb-lars 3 11e12f43
+# %% 17_large_batches sec-lb-lars 3 fcfc15bc
 def _rate(p: Any, w: Any, u: Any, h: Any, **options: float) -> Any:
     """The ratio of a tensor, or of each of a batch; one for vectors."""
     r = trust_ratio(w, u, **options)
@@ -95,6 +96,15 @@ def _rate(p: Any, w: Any, u: Any, h: Any, **options: float) -> Any:
         pairs = zip(p.tensors, r.tensors, strict=True)
         return Batch([y if x.dim() > 1 else one for x, y in pairs])
     return r if p.dim() > 1 else torch.ones_like(r)
+
+
+def _number(x: float | Tensor) -> float:
+    """A number on the host; of a tensor on a CPU, which waits for nobody."""
+    return float(x.numpy()) if isinstance(x, Tensor) else x
+
+
+def _numbers(x: Batch) -> list[float]:
+    return torch.stack(x.tensors).numpy().tolist()
 
 
 def _lars_rate(p: Any, g: Any, h: Any) -> Any:
@@ -165,23 +175,23 @@ class LARS(_LayerWise):
             d = s.momentum_buffer.mul_(h.momentum).add_(d)
         p.add_(d, alpha=-1 if h.lr_in_buffer else -h.lr)
 
-    # %% 17_large_batches sec-lb-lars 5 bec08d48
+    # %% 17_large_batches sec-lb-lars 5 761ddfe5
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)} if h.momentum else {}
 
 
     @staticmethod
     def fused(p: list[Tensor], g: list[Tensor], s: Any, h: Any) -> None:
-        """Torch's SGD, tensor by tensor: one minus its dampening is our rate."""
-        lr = float(h.lr.numpy()) if isinstance(h.lr, Tensor) else h.lr
-        buffers = s.momentum_buffer if h.momentum else [None] * len(p)
-        for x, y, m in zip(p, g, buffers, strict=True):
-            r = float(_lars_rate(x, y, h).numpy())  # on a CPU, this waits for nobody
+        """Torch's SGD, for tensors of one rate at a time: its dampening is one minus it."""
+        lr, alike = _number(h.lr), defaultdict(list)
+        for i, r in enumerate(_numbers(_lars_rate(Batch(p), Batch(g), h))):
+            alike[r].append(i)
+        for r, some in alike.items():
             inside, outside = (lr * r, 1.0) if h.lr_in_buffer else (r, lr)
             torch._fused_sgd_(
-                [x],
-                [y],
-                [m] if h.momentum else [],
+                [p[i] for i in some],
+                [g[i] for i in some],
+                [s.momentum_buffer[i] for i in some] if h.momentum else [],
                 lr=outside if h.momentum else inside * outside,
                 momentum=h.momentum,
                 dampening=1 - inside if h.momentum else 0.0,
@@ -261,7 +271,7 @@ class LAMB(_LayerWise):
             u.add_(p, alpha=h.weight_decay)
         p.add_(u * _rate(p, _phi(_norm(p), h), _norm(u), h), alpha=-h.lr)
 
-    # %% 17_large_batches sec-lb-lamb 3 d2e84e28
+    # %% 17_large_batches sec-lb-lamb 3 e73cde38
     @staticmethod
     def clock(h: Any) -> None:
         b1, b2 = h.betas if h.bias_correction else (0.0, 0.0)
@@ -285,19 +295,24 @@ class LAMB(_LayerWise):
 
     @staticmethod
     def fused(p: list[Tensor], g: list[Tensor], s: Any, h: Any) -> None:
-        """Torch's Adam makes u, from λw with a step of minus one."""
-        lr = float(h.lr.numpy()) if isinstance(h.lr, Tensor) else h.lr
-        lr = lr if h.found_inf is None or not h.found_inf.numpy() else 0.0
+        """Torch's Adam makes u, from λw by a step of minus one; some tensors at a time."""
+        lr = _number(h.lr) * (h.found_inf is None or not h.found_inf.numpy())
         step = s.step if h.bias_correction else [torch.full((), torch.inf)] * len(p)
-        for x, y, m, v, t in zip(p, g, s.exp_avg, s.exp_avg_sq, step, strict=True):
-            u = x * h.weight_decay
+        chunks = list(_chunks(p))
+        scratch = p[0].new_empty(max(sum(x.numel() for x in p[part]) for part in chunks))
+        for part in chunks:
+            x, u, at = p[part], [], 0
+            for a in x:
+                u.append(scratch.as_strided(a.shape, a.stride(), at))
+                torch.mul(a, h.weight_decay, out=u[-1])
+                at += a.numel()
             torch._fused_adam_(
-                [u],
-                [y],
-                [m],
-                [v],
+                u,
+                g[part],
+                s.exp_avg[part],
+                s.exp_avg_sq[part],
                 [],
-                [t],
+                step[part],
                 lr=-1.0,
                 beta1=h.betas[0],
                 beta2=h.betas[1],
@@ -307,8 +322,10 @@ class LAMB(_LayerWise):
                 maximize=h.maximize,
                 found_inf=h.found_inf,
             )
-            r = float(_rate(x, _phi(_norm(x), h), _norm(u), h).numpy())
-            x.add_(u, alpha=-lr * r)
+            w = _phi(_norm(Batch(x)), h)
+            rates = _numbers(_rate(Batch(x), w, _norm(Batch(u)), h))
+            for a, b, r in zip(x, u, rates, strict=True):
+                a.add_(b, alpha=-lr * r)
 
 
 # %% 17_large_batches sec-lb-coherence 1 cacd5de9

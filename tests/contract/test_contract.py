@@ -121,10 +121,10 @@ CASES = {
     "KLShampoo": Case(
         gd.KLShampoo, None, {"eps": 0.1, "precondition_every": 2}, [*BAD_BETAS, {"max_dim": 1.5}], spreads=False
     ),
-    "LARS": Case(gd.LARS, None, {"momentum": 0.9}, [{"momentum": 1.0}, {"trust": 0.0}, {"eps": -1.0}, {"weight_decay": -1.0}]),
-    "LARS-inside": Case(
-        gd.LARS, None, {"trust": 0.5, "lr_in_buffer": True, "adapt_vectors": True}
+    "LARS": Case(
+        gd.LARS, None, {"momentum": 0.9}, [{"momentum": 1.0}, {"trust": 0.0}, {"eps": -1.0}, {"weight_decay": -1.0}]
     ),
+    "LARS-inside": Case(gd.LARS, None, {"trust": 0.5, "lr_in_buffer": True, "adapt_vectors": True}),
     "LAMB": Case(gd.LAMB, None, {"weight_decay": 0.0}, [*BAD_BETAS, {"eps": -1.0}, {"clamp": (-1.0, 2.0)}]),
     "LAMB-clamp": Case(
         gd.LAMB, None, {"weight_decay": 0.0, "clamp": (0.5, 2.0), "bias_correction": False, "adapt_vectors": True}

@@ -80,7 +80,10 @@ def test_lamb_of_timm(timm, corrected):
 
 def test_adaptive_clipping_of_timm(timm):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def draw(shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
     for shape in [*SHAPES, (5,)]:
         ours, g = draw(shape).requires_grad_(), draw(shape)
         theirs = ours.detach().clone().requires_grad_()
