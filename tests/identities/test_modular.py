@@ -403,3 +403,12 @@ def test_decay_does_not_depend_on_the_rate():
     p.grad = torch.zeros_like(p)
     optimizer.step()
     torch.testing.assert_close(p.detach(), torch.full((3, 2), 0.95, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+def test_largest_values_of_windows_that_overlap():
+    """A value lies in up to ⌈k/s⌉ windows a side, and there are s times fewer outputs."""
+    assert modular._window(nn.MaxPool2d(2)) == 2
+    assert modular._window(nn.MaxPool2d(3, 1)) == 3
+    assert modular._window(nn.MaxPool2d(3, 2)) == 4
+    assert modular._window(nn.MaxPool1d(2, 3)) == 3**0.5
+    assert modular._window(type("Named", (nn.MaxPool2d,), {})(2)) == 2

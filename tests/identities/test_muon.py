@@ -76,6 +76,9 @@ def test_presets_without_slack_are_refused():
     with pytest.raises(ValueError, match=r"blows up.*damped"):
         gd.Muon(p, preset=_EXPRESS[:5])
     gd.Muon(p, preset=damped(_EXPRESS[:5]))
+    with pytest.raises(ValueError, match="blows up"):
+        gd.Muon(p, preset=damped(_EXPRESS[:5], 1.005))
+    gd.Muon(p, preset=damped(_EXPRESS[:5], 1.009))
     assert newton_schulz_slack("polar_express")[0] == pytest.approx(0.0109, abs=1e-3)
     with pytest.raises(TypeError, match="list"):
         gd.Muon(p, preset=[(1.5, -0.5, 0.0)])
