@@ -1,6 +1,6 @@
 # Generated from chapters/13_modular_norm.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 790fa994
+# %% head ced51e07
 """Chapter 13, The modular norm."""
 
 __all__ = [
@@ -331,7 +331,7 @@ class Gain(Atom):
         return self.weight * x
 
 
-# %% 13_modular_norm sec-mo-model 1 5e53a5e1
+# %% 13_modular_norm sec-mo-model 1 46585a9a
 class Read(Module):
     """A layer of torch that computes as before, with the norm of ``inner``."""
 
@@ -360,10 +360,11 @@ class Left(Bond):
 
 
 def _window(layer: Any) -> float:
-    """A largest value may come from another place in each channel."""
-    sides, d = layer.kernel_size, int(type(layer).__name__[-2])
-    sides = (sides,) * d if isinstance(sides, int) else sides
-    return math.prod(sides) ** 0.5
+    """A largest value may come from another place in each channel, of each window."""
+    d = next(d for d in _D if isinstance(layer, getattr(nn, f"MaxPool{d}d")))
+    each = lambda x: (x,) * d if isinstance(x, int) else x
+    sides = zip(each(layer.kernel_size), each(layer.stride), strict=True)
+    return math.prod(s * math.ceil(k / s) for k, s in sides) ** 0.5
 
 
 _D = (1, 2, 3)

@@ -1,6 +1,6 @@
 # Generated from chapters/14_mup.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 7fcc7ed0
+# %% head af030a63
 """Chapter 14, Maximal update parametrization."""
 
 __all__ = [
@@ -696,7 +696,7 @@ def _slope(x: Tensor, y: Tensor) -> Tensor:
     return ((y - y.mean(-1, keepdim=True)) * x).sum(-1) / x.square().sum()
 
 
-# %% 14_mup sec-wp-coordinates 2 470928bf
+# %% 14_mup sec-wp-coordinates 2 26c27359
 class Coordinates(NamedTuple):
     """How much each layer's output has changed since the start.
 
@@ -756,7 +756,7 @@ def coordinate_check(
         batches: For a seed, at least as many as there are steps.
         probe: What the model is called with, to look at its layers' outputs.
         base: The base width. ``None``: no multipliers.
-        steps: How many, at least one. The first alone says too little.
+        steps: How many, at least one. Look at several.
         seeds: Of weights and batches.
         **options: For ``parametrize``, and ``Options``.
 

@@ -1,6 +1,6 @@
 # Generated from chapters/11_descent_under_a_norm.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 13189c45
+# %% head 3785ba2a
 """Chapter 11, Descent under a norm."""
 
 __all__ = [
@@ -175,9 +175,9 @@ class Conv(Spectral):
         return X.flatten(1).to(wide(X.dtype)), self.scale(m, n) / math.prod(sides)
 
 
-# %% 11_descent_under_a_norm sec-no-norms 6 1c0cd27d
-#: Norms by name. Scales are those with which a step of norm η changes what a
-#: layer puts out by about η, whatever the width.
+# %% 11_descent_under_a_norm sec-no-norms 6 d32525de
+#: Norms by name. The first four have no scale; with those of the others a step of
+#: norm η changes what a layer puts out by about η, whatever the width.
 NORMS: dict[str, Norm] = {
     "max": Max(),
     "frobenius": Frobenius(),
