@@ -1,6 +1,6 @@
 # Generated from chapters/16_averaging.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 16e172a0
+# %% head 5476fbb3
 """Chapter 16, Averaging."""
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 
-# %% 16_averaging sec-av-mean 1 c32f71bb
+# %% 16_averaging sec-av-mean 1 edf966ef
 import contextlib
 import warnings
 from collections import deque
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from guided_descent.core import Optimizer, Options, check_choice, check_range, wide
 from guided_descent.engines import CHUNK, Batch, plain
+from guided_descent.layers import unwrapped
 
 
 def _averaged(x: Tensor) -> bool:
@@ -40,8 +41,12 @@ class _Average:
             kind, own = type(model).__name__, type(self).__name__
             raise TypeError(f"{own} got a {kind}; pass the model, an nn.Module")
         self.model, self.steps, self._inside = model, 0, False
+        for name, p in self._parameters():
+            if p.is_meta:
+                told = f"parameter {name!r} is on the meta device: it has no values"
+                raise ValueError(f"{told}; build {type(self).__name__} once it has")
         self.average = {name: self._copy(p) for name, p in self._parameters()}
-        self.buffers = {name: x.detach().clone() for name, x in model.named_buffers()}
+        self.buffers = {name: x.detach().clone() for name, x in self._buffers()}
 
     @staticmethod
     def _copy(p: Tensor) -> Tensor:
@@ -50,11 +55,14 @@ class _Average:
         return p.detach().to(dtype, copy=True)
 
     def _parameters(self) -> list[tuple[str, Tensor]]:
-        return list(self.model.named_parameters())
+        return list(unwrapped(self.model).named_parameters())
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        return list(unwrapped(self.model).named_buffers())
 
     def _tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """All that is averaged or copied: the model's, and what is kept of it."""
-        model = dict(self._parameters()), dict(self.model.named_buffers())
+        model = dict(self._parameters()), dict(self._buffers())
         pairs = {}
         for own, kept in zip(model, (self.average, self.buffers), strict=True):
             if odd := own.keys() ^ kept.keys():
@@ -62,6 +70,8 @@ class _Average:
                 raise ValueError(f"{told} since this {type(self).__name__} was built")
             for name, x in own.items():
                 self._check_shape(name, x, kept[name])
+                if kept[name].device != x.device:  # the model has moved
+                    kept[name] = kept[name].to(x.device)
                 pairs[name] = x, kept[name]
         return pairs
 
@@ -114,7 +124,10 @@ class _Average:
         """Lend the model its averaged weights, for the length of a ``with`` block.
 
         Afterwards, also after an exception, it has its own again, bit by bit, and so
-        have its buffers. Inside, both sets of weights are in memory.
+        have its buffers. Inside, both sets of weights are in memory. To save the
+        average: ``torch.save(model.state_dict(), …)`` inside. Statistics of batch norm
+        are the model's; inside, ``torch.optim.swa_utils.update_bn(loader, model)``
+        takes them anew.
 
         Yields:
             The model.
@@ -150,6 +163,9 @@ class _Average:
             ValueError: It is of another model: a name or a shape differs. Nothing has
                 changed then.
         """
+        if odd := self.state_dict().keys() ^ state_dict.keys():
+            told = f"the checkpoint is not of this kind, {type(self).__name__}"
+            raise ValueError(f"{told}: {min(odd)!r} is in one of them alone")
         for part in ("average", "buffers"):
             own, saved = getattr(self, part), state_dict[part]
             if odd := own.keys() ^ saved.keys():
@@ -235,14 +251,15 @@ class EMA(_Average):
         return max(1 - self.decay, early)
 
 
-# %% 16_averaging sec-av-lawa 1 83c858a3
+# %% 16_averaging sec-av-lawa 1 47fc4e3f
 class LAWA(_Average):
     """The uniform average of the last few snapshots of a model's weights.
 
     Call ``update()`` after every ``optimizer.step()``; it keeps every ``every``-th
     state of the model, the last ``k`` of them, each as large as the model. Evaluate
     inside ``with average.swap():``; before the first snapshot that is the model itself.
-    Buffers are copied, not averaged.
+    ``average`` is brought up to date by ``swap()`` and ``state_dict()``. Buffers are
+    copied, not averaged.
 
     Args:
         model: The module whose parameters are averaged; it is not changed.
@@ -264,7 +281,7 @@ class LAWA(_Average):
         self.snapshots: deque[dict[str, Tensor]] = deque(maxlen=k)
         super().__init__(model)
 
-    # %% 16_averaging sec-av-lawa 2 bbe101da
+    # %% 16_averaging sec-av-lawa 2 35c7e160
     def _take(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         if self.steps % self.every == 0:
             now = {name: p.detach().clone() for name, p in self._parameters()}
@@ -275,7 +292,7 @@ class LAWA(_Average):
         pairs = super(LAWA, self)._tensors()
         for i, snapshot in enumerate(self.snapshots or [dict(self._parameters())]):
             for name, a in self.average.items():
-                new = plain(snapshot[name].detach()).to(plain(a).dtype)
+                new = plain(snapshot[name].detach()).to(plain(a))
                 if _averaged(a):
                     plain(a).lerp_(new, 1 / (i + 1))
                 else:
@@ -284,6 +301,7 @@ class LAWA(_Average):
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint, with the snapshots."""
+        self._tensors()  # the average, brought up to date
         snapshots = {str(i): snapshot for i, snapshot in enumerate(self.snapshots)}
         return {**super(LAWA, self).state_dict(), "snapshots": snapshots}
 
@@ -339,7 +357,7 @@ class _Averaged(Optimizer):
             param_group = {**param_group, "train_mode": self.param_groups[0]["train_mode"]}
         super(_Averaged, self).add_param_group(param_group)
 
-    # %% 16_averaging sec-av-schedule-free 6 1c8a0cd7
+    # %% 16_averaging sec-av-schedule-free 6 ae9ce547
     def _begun(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Parameters of a group, each with its state, that have taken a step."""
         for p in group["params"] if self._method(group) is self else ():
@@ -366,6 +384,12 @@ class _Averaged(Optimizer):
             for p, state in self._begun(group) if not group["train_mode"] else ():
                 if "y" in state:
                     p.copy_(state.pop("y"))
+                elif "z" in state:  # a flat distributed checkpoint drops y
+                    z = state["z"].to(torch.promote_types(state["z"].dtype, p.dtype))
+                    p.copy_(z + (p.to(z.dtype) - z) * self._beta(group))
+                else:
+                    told = "the checkpoint was saved in evaluation, and y is not in it"
+                    raise RuntimeError(f"{told}; save after optimizer.train()")
             group["train_mode"] = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -386,6 +410,8 @@ class _Averaged(Optimizer):
         seen = vars(self).setdefault("_highest", {})
         for i, group in enumerate(self.param_groups):
             lr = _number(group["lr"])
+            if self._method(group) is not self:
+                continue
             if isinstance(lr, Tensor):  # reading it would wait
                 continue
             seen[i] = max(seen.get(i, 0.0), lr)
@@ -515,7 +541,7 @@ def _smaller(a: Any, b: Any) -> Any:
     return -_larger(-a, -b)
 
 
-# %% 16_averaging sec-av-schedule-free 11 ca5c4cb3
+# %% 16_averaging sec-av-schedule-free 11 83d96291
 class ScheduleFreeSGD(_Averaged):
     """SGD without a schedule: a growing average takes the place of decay.
 
@@ -536,7 +562,8 @@ class ScheduleFreeSGD(_Averaged):
         lr: Step size η of z, in units of parameter per unit of gradient; in [0, ∞).
             Constant: a schedule that decays it is warned of. Default 1.
         momentum: Where gradients are taken, β: 0 at z, 1 at the average x; in [0, 1].
-            Default 0.9.
+            Constant over a run, as x is recovered with it (``OneCycleLR``:
+            ``cycle_momentum=False``). Default 0.9.
         weight_decay: Strength λ of the penalty, added to the gradient as λ times the
             point that ``decay_at`` names; in [0, ∞). Default 0.
         warmup_steps: Steps over which lr rises from nought, an integer in [0, ∞).
@@ -597,7 +624,7 @@ class ScheduleFreeSGD(_Averaged):
         _weigh(h)
 
 
-# %% 16_averaging sec-av-schedule-free 14 d9fdcb80
+# %% 16_averaging sec-av-schedule-free 14 fb3f4f05
 class ScheduleFreeAdamW(_Averaged):
     """AdamW without a schedule: a growing average takes the place of decay.
 
@@ -620,7 +647,8 @@ class ScheduleFreeAdamW(_Averaged):
         lr: Step size η of z, in units of the parameter; in [0, ∞). Constant: a schedule
             that decays it is warned of. Default 0.0025.
         betas: Where gradients are taken, β₁: 0 at z, 1 at the average x, in [0, 1]; and
-            the decay β₂ of v, in [0, 1). Default (0.9, 0.999).
+            the decay β₂ of v, in [0, 1). β₁ is constant over a run, as x is recovered
+            with it (``OneCycleLR``: ``cycle_momentum=False``). Default (0.9, 0.999).
         eps: Added to the root, in units of gradient; in [0, ∞). Default 1e-8.
         weight_decay: λ, in [0, ∞); a step takes lr · λ times the point that
             ``decay_at`` names. Default 0.
@@ -693,7 +721,7 @@ def _adam_direction(g: Tensor, s: Any, h: Any) -> Tensor:
     return g / root
 
 
-# %% 16_averaging sec-av-gpa 1 430794a9
+# %% 16_averaging sec-av-gpa 1 cc080c0f
 class GPA(_Averaged):
     """Generalized primal averaging: two numbers between EMA, heavy ball and Nesterov.
 
@@ -716,8 +744,8 @@ class GPA(_Averaged):
         lr: Step size η of z; in [0, ∞). Default 1e-3.
         mu_x: What a step leaves of the average, in [0, 1). Default 0.9967, a memory of
             300 steps: too long for runs of a few hundred.
-        mu_y: Where gradients are taken: 0 at z, 1 at the average; in [0, 1]. Default
-            0.7.
+        mu_y: Where gradients are taken: 0 at z, 1 at the average; in [0, 1]. Constant
+            over a run, as x is recovered with it. Default 0.7.
         betas: AdamW's decays of its two means, each in [0, 1). With β₁ = 0 it keeps no
             first mean. Default (0.9, 0.999).
         eps: Added to AdamW's root, in units of gradient; in [0, ∞). Default 1e-8.

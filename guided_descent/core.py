@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 3ce20913
+# %% head 5216a79a
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -334,7 +334,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._advance(group, engine, grads, keep)
         return loss
 
-    # %% 23_machinery sec-base-class 4 21fb5d5a
+    # %% 23_machinery sec-base-class 4 ceee56a0
     def _engine(self, group: Group, params: list[Tensor]) -> str:
         """The engine a group runs on, after refusing what it cannot do."""
         method, name, settings = self._method(group), group["engine"], _settings(group)
@@ -407,7 +407,8 @@ class Optimizer(torch.optim.Optimizer):
         for name, like in wanted.items() if wanted.keys() & state.keys() else ():
             if name not in state:
                 why = f"no state {name!r}, which the hyperparameters of its group ask for"
-                return f"it has {why}; set them before its first step, {anew}"
+                remedy = "load a checkpoint of this optimizer, set them before its first"
+                return f"it has {why}; {remedy} step, {anew}"
             shape = torch.as_tensor(state[name]).shape
             single = name in method.clocks and shape.numel() == 1
             if shape != like.shape and not single:
@@ -769,7 +770,7 @@ def known(finite: Tensor | None) -> bool | None:
     return bool(finite.numpy()) if finite.device.type == "cpu" else None
 
 
-# %% 23_machinery sec-base-class 9 6987cd83
+# %% 23_machinery sec-base-class 9 02fc9e81
 #: What a group's ``algorithm`` may name, and where it is.
 ALGORITHMS = {
     "adafactor": "adaptive.Adafactor",
@@ -778,6 +779,7 @@ ALGORITHMS = {
     "adamw": "adaptive.AdamW",
     "ademamix": "adaptive.AdEMAMix",
     "klshampoo": "shampoo.KLShampoo",
+    "lion": "norms.Lion",
     "muon": "muon.Muon",
     "nadam": "adaptive.NAdam",
     "psgdkron": "shampoo.PSGDKron",
@@ -785,6 +787,8 @@ ALGORITHMS = {
     "scion": "muon.Scion",
     "sgd": "sgd.SGD",
     "shampoo": "shampoo.Shampoo",
+    "signsgd": "norms.SignSGD",
+    "signum": "norms.Signum",
     "soap": "shampoo.SOAP",
 }
 #: What any group may hold, beside hyperparameters.

@@ -1,6 +1,6 @@
 # Generated from chapters/23_machinery.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 6d05c6e3
+# %% head 5e84866d
 """Chapter 23, The machinery."""
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "find_layers",
     "kind_of",
     "multiplies",
+    "unwrapped",
 ]
 
 
@@ -162,7 +163,7 @@ def _numbers(*shape: int, like: Tensor) -> Tensor:
     return torch.arange(math.prod(shape), device=like.device).cos().view(shape).to(like)
 
 
-# %% 23_machinery sec-capture 4 17558ee6
+# %% 23_machinery sec-capture 4 344de86a
 class Site(NamedTuple):
     """A layer of a module: its whole weight, input channels and output features."""
 
@@ -219,6 +220,20 @@ def _matrices(name: str, module: nn.Module) -> Iterator[_Found]:
                 )
             label = name if groups == 1 else f"{name}.{j}"
             yield _Found(label, kind, *pair, (rows, rows), channels, rows, transposed)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What ``DistributedDataParallel`` and ``torch.compile`` wrap."""
+    if not isinstance(model, nn.Module):
+        told = f"model is a {type(model).__name__}"
+        raise TypeError(f"{told}; pass a torch.nn.Module")
+    while True:  # either may be around the other
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def find_layers(

@@ -1,6 +1,6 @@
 # Generated from chapters/13_modular_norm.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head ced51e07
+# %% head 1da36f9b
 """Chapter 13, The modular norm."""
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-# %% 13_modular_norm sec-mo-layer 1 c6918cee
+# %% 13_modular_norm sec-mo-layer 1 b94d80fe
 import copy
 import math
 from collections import Counter
@@ -45,6 +45,7 @@ from guided_descent.core import (
     check_range,
 )
 from guided_descent.engines import matrixwise
+from guided_descent.layers import unwrapped
 from guided_descent.muon import _check_preset, orthogonal
 from guided_descent.norms import NORMS
 
@@ -331,7 +332,7 @@ class Gain(Atom):
         return self.weight * x
 
 
-# %% 13_modular_norm sec-mo-model 1 46585a9a
+# %% 13_modular_norm sec-mo-model 1 bf42983b
 class Read(Module):
     """A layer of torch that computes as before, with the norm of ``inner``."""
 
@@ -362,8 +363,8 @@ class Left(Bond):
 def _window(layer: Any) -> float:
     """A largest value may come from another place in each channel, of each window."""
     d = next(d for d in _D if isinstance(layer, getattr(nn, f"MaxPool{d}d")))
-    each = lambda x: (x,) * d if isinstance(x, int) else x
-    sides = zip(each(layer.kernel_size), each(layer.stride), strict=True)
+    sizes = (layer.kernel_size, layer.stride)
+    sides = zip(*((x,) * d if isinstance(x, int) else x for x in sizes), strict=True)
     return math.prod(s * math.ceil(k / s) for k, s in sides) ** 0.5
 
 
@@ -399,7 +400,7 @@ BONDS: dict[type, float | Callable[[Any], float]] = {
 Rule = Callable[[Any, Callable[[Any], Module]], Module] | str
 
 
-# %% 13_modular_norm sec-mo-model 2 799966f7
+# %% 13_modular_norm sec-mo-model 2 55f88ec7
 def read(
     model: nn.Module,
     rules: dict[type | str, Rule] | None = None,
@@ -413,7 +414,8 @@ def read(
         rules: By class, or by name inside the model. A function ``(module, read)``
             that composes the module of its parts, as ``lambda block, read:
             0.5 * read(nn.Identity()) + 0.5 * read(block.body)``; or the name of an
-            algorithm that steps its parameters.
+            algorithm that steps its parameters, at that algorithm's own default lr:
+            change it in ``optimizer.param_groups``. Attention needs a rule.
         vector_mass: Mass of each bias and gain, in [0, ∞), where a matrix has 1.
 
     Returns:
@@ -426,24 +428,14 @@ def read(
     Source: chapter 13, eq-mo-rate.
     """
     check_range("vector_mass", vector_mass, "[0, inf)")
-    model = _inside(model)
+    model = unwrapped(model)
     reader = _Reader(model, rules or {}, vector_mass)
     found = reader(model)
     reader.compare(found)
     return found
 
 
-# %% 13_modular_norm sec-mo-model 3 6f56eda1
-def _inside(model: nn.Module) -> nn.Module:
-    """What ``DistributedDataParallel`` and ``torch.compile`` wrap."""
-    if not isinstance(model, nn.Module):
-        told = f"model is a {type(model).__name__}"
-        raise TypeError(f"{told}; pass a torch.nn.Module")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
-
-
+# %% 13_modular_norm sec-mo-model 3 a44d9f48
 class _Reader:
     """One reading: rules, masses, and what modules are called."""
 
@@ -523,7 +515,7 @@ class _Reader:
                 raise ValueError(f"{told}; pass rules for {remedy}")
 
 
-# %% 13_modular_norm sec-mo-model 4 5d49a253
+# %% 13_modular_norm sec-mo-model 4 114773cd
 class ModularDescent(Optimizer):
     """Steepest descent under the modular norm of a network.
 
@@ -584,6 +576,10 @@ class ModularDescent(Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
         defaults |= {"weight_decay": weight_decay, "preset": preset}
         super().__init__(params, {**defaults, "norm": norm, "rate": rate}, **options)
+        if all(self._method(group) is not self for group in self.param_groups):
+            told = "ModularDescent got no weight: another algorithm steps every part"
+            remedy = "tell by rules= how the model is composed, or use AdamW"
+            raise ValueError(f"{told}; {remedy}")
 
     # %% 13_modular_norm sec-mo-model 5 5dd1d5f7
     @staticmethod
@@ -617,10 +613,10 @@ def spectral_step(G: Tensor, preset: Any) -> Tensor:
     return -((m / n) ** 0.5) * NORMS["frobenius"].lmo(G)
 
 
-# %% 13_modular_norm sec-mo-model 8 51fa6bc3
+# %% 13_modular_norm sec-mo-model 8 f1cdd1f0
 def _groups(model: nn.Module, found: Module) -> list[dict[str, Any]]:
     """Parameter groups: weights of one ruler and rate together, then what is left."""
-    names = {p: name for name, p in _inside(model).named_parameters()}
+    names = {p: name for name, p in unwrapped(model).named_parameters()}
     made: dict[Any, list[tuple[str, Tensor]]] = {}
     for atom, rate in zip(found.atoms, found.rates(), strict=True):
         if (p := atom.weight).requires_grad:

@@ -1,6 +1,6 @@
 # Generated from chapters/14_mup.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head af030a63
+# %% head dcc2386e
 """Chapter 14, Maximal update parametrization."""
 
 __all__ = [
@@ -554,7 +554,7 @@ def _apply(
         vars(module)["_mup"] = True
 
 
-# %% 14_mup sec-wp-parametrize 6 e7f044c3
+# %% 14_mup sec-wp-parametrize 6 64883938
 def parametrize(
     model: nn.Module,
     base: nn.Module | Mapping[str, Sequence[int]],
@@ -579,24 +579,31 @@ def parametrize(
         weight_decay ← weight_decay / that;    ε ← ε · o₀/o    (Adam and its like)
         initial weights of the output layer ← · √(i₀/i)
 
-    and a tied head's input is divided by its width ratio. Nothing else is
-    changed: no multiplier is left in the forward pass. Roles come from shapes
+    and a tied head's input is divided by its width ratio, if the head is a module
+    that shares the table (of ``F.linear(x, table)`` nothing is known: divide there
+    yourself). No other multiplier is left in the forward pass. Roles come from shapes
     and the kinds of modules, so call it before ``fully_shard`` and ``bind`` the
     groups after, or call it on the sharded model. Save and load as ever: make the
     model, parametrize it, load its weights.
 
     Args:
-        model: With fresh weights, made like 1/√inputs, as torch makes them.
+        model: With fresh weights, made like 1/√inputs, as torch makes them, and not
+            with one deviation at every width, such as an ``initializer_range``.
             They are changed in place, once.
         base: The same model at the width for which the learning rate is known:
             only shapes are read, so it may be on the meta device; or what
             ``base_shapes`` gives for it.
         optimizer: A class, or its name. It settles s, with ``hyper``.
-        lr: Step size in the base. ``None``: the optimizer's default.
-        weight_decay, eps: In the base; by default the optimizer's.
+        lr: Step size in the base, to be given here: the groups carry it times their
+            multipliers, so an lr= of the optimizer built on them is without effect,
+            and a loop that writes one lr into all groups undoes them (schedulers
+            are fine). ``None``: the optimizer's default.
+        weight_decay, eps: In the base, given here as lr is; by default the optimizer's.
         groups: What to scale, such as ``param_groups(model)``, with lists of (name,
             parameter). ``None``: all, and by AdamW what Muon and Scion cannot
-            take, or should not: vectors and embeddings.
+            take, or should not: vectors and embeddings. For Muon pass
+            ``param_groups(model)``, which also splits fused projections and leaves
+            the output layer to AdamW.
         rest: What those groups hold, such as ``{"lr": 3e-3}`` in the base.
         layout: For parameters of a module's own, by pattern of names: ``"oi"``,
             outputs × inputs; ``"io"``, inputs × outputs; ``"added"``, features
@@ -654,7 +661,7 @@ def parametrize(
     return done
 
 
-# %% 14_mup sec-wp-coordinates 1 5ebb7825
+# %% 14_mup sec-wp-coordinates 1 ab7ec760
 def _run(
     build: Callable[[int], nn.Module],
     width: int,
@@ -665,6 +672,7 @@ def _run(
 ) -> tuple[nn.Module, Optimizer]:
     """A model and its optimizer; without a base, as if it were its own."""
     torch.manual_seed(seed)
+    optimizer = _resolve(optimizer)[1] or optimizer
     model = build(width)
     before = model if base is None else _apart(build, base)
     keys = {name: x for name, x in options.items() if name in OPTIONS}
@@ -690,13 +698,20 @@ def _ask(optimizer: Any, model: nn.Module, loss: Any, batch: Any) -> float:
     return float(value.detach())
 
 
+def _next(stream: Any, seed: int, steps: int) -> Any:
+    for batch in stream:
+        return batch
+    told = f"batches({seed}) gave fewer than steps={steps}"
+    raise ValueError(f"{told}; let it give more, or pass fewer steps")
+
+
 def _slope(x: Tensor, y: Tensor) -> Tensor:
     """Of the best line, along the last axis."""
     x = x - x.mean()
     return ((y - y.mean(-1, keepdim=True)) * x).sum(-1) / x.square().sum()
 
 
-# %% 14_mup sec-wp-coordinates 2 26c27359
+# %% 14_mup sec-wp-coordinates 2 87212d6b
 class Coordinates(NamedTuple):
     """How much each layer's output has changed since the start.
 
@@ -754,7 +769,8 @@ def coordinate_check(
         optimizer: A class.
         loss: Of a model and a batch.
         batches: For a seed, at least as many as there are steps.
-        probe: What the model is called with, to look at its layers' outputs.
+        probe: What the model is called with, to look at its layers' outputs: a
+            tensor, a tuple, or a dictionary of keywords.
         base: The base width. ``None``: no multipliers.
         steps: How many, at least one. Look at several.
         seeds: Of weights and batches.
@@ -772,14 +788,14 @@ def coordinate_check(
                 model, tool = _run(build, width, base, optimizer, seed, options)
                 before, stream, rows = _outputs(model, probe), iter(batches(seed)), []
                 for _ in range(steps):
-                    _ask(tool, model, loss, next(stream))
+                    _ask(tool, model, loss, _next(stream, seed, steps))
                     after = _outputs(model, probe)
                     moved = [(after[n] - x).square().mean() for n, x in before.items()]
                     rows.append(torch.stack(moved).sqrt())
                 names = [*before]
                 found.append(torch.stack(rows))
             changes.append(torch.stack(found, -1))
-    mean = torch.stack(changes).double().log().mean(0).exp()
+    mean = torch.stack(changes).cpu().double().log().mean(0).exp()
     return Coordinates(names, [*widths], mean)
 
 
@@ -797,7 +813,12 @@ def _outputs(model: nn.Module, probe: Any) -> dict[str, Tensor]:
     own = [(n, x) for n, x in model.named_modules() if [*x.parameters(recurse=False)]]
     handles = [x.register_forward_hook(keep(name or "model")) for name, x in own]
     try:
-        model(*probe) if isinstance(probe, tuple) else model(probe)
+        with torch.random.fork_rng(devices=[]):  # dropout: the same mask each time
+            torch.manual_seed(0)
+            if isinstance(probe, dict):
+                model(**probe)
+            else:
+                model(*(probe if isinstance(probe, tuple) else (probe,)))
     finally:
         for handle in handles:
             handle.remove()
@@ -817,7 +838,7 @@ def _axes(ax: Any) -> Any:
     return ax or pyplot.subplots()[1]
 
 
-# %% 14_mup sec-wp-transfer 1 cd95bf90
+# %% 14_mup sec-wp-transfer 1 dedaaa29
 class Transfer(NamedTuple):
     """Losses over learning rates and widths.
 
@@ -905,8 +926,8 @@ def transfer_check(
         build, widths, optimizer, loss, batches, base, seeds, options: As for
             ``coordinate_check``.
         lrs: Rates, in rising order; at least three.
-        evaluate: The score of a trained model. ``None``: the mean loss over the last
-            fifth of the steps.
+        evaluate: A loss of a trained model (in training mode): positive, less is
+            better. ``None``: the mean loss over the last fifth of the steps.
         steps: How many, at least five.
         schedule: From the fraction of steps done to a factor of the rate. By
             default linear to zero.
@@ -927,13 +948,17 @@ def transfer_check(
             decay = LambdaLR(tool, lambda t: schedule(t / steps))
             stream, seen = iter(batches(seed)), []
             for _ in range(steps):
-                seen.append(_ask(tool, model, loss, next(stream)))
+                seen.append(_ask(tool, model, loss, _next(stream, seed, steps)))
                 decay.step()
                 if not math.isfinite(seen[-1]):
                     break
             with torch.no_grad():
                 last = seen[-max(1, steps // 5) :]
                 score = float(evaluate(model)) if evaluate else sum(last) / len(last)
+            if score <= 0:
+                told = f"a trained model has the score {score:.4g}, not above 0"
+                remedy = "let evaluate give a positive loss, less is better"
+                raise ValueError(f"{told}; {remedy}")
             losses.append(score if math.isfinite(score + seen[-1]) else math.inf)
     found = torch.tensor(losses, dtype=torch.float64)
     return Transfer([*widths], [*lrs], found.view(len(widths), len(lrs), -1))

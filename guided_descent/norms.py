@@ -1,6 +1,6 @@
 # Generated from chapters/11_descent_under_a_norm.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 3785ba2a
+# %% head 3b539dbb
 """Chapter 11, Descent under a norm."""
 
 __all__ = [
@@ -492,7 +492,7 @@ class NormalizedSGD(Optimizer):
             p.mul_(1 - h.lr * h.weight_decay)
         p.sub_(u * h.lr)
 
-    # %% 11_descent_under_a_norm sec-no-momentum 13 b53c93d5
+    # %% 11_descent_under_a_norm sec-no-momentum 13 f973d522
     @staticmethod
     def init_state(p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)} if h.momentum else {}
@@ -501,8 +501,8 @@ class NormalizedSGD(Optimizer):
         """None; but the length of the momentum to be is taken, over all groups."""
         lengths = []
         for group, params in work:
-            mu = group["momentum"]
-            for p in params if group["scope"] == "global" else ():
+            mu, ours = group["momentum"], self._method(group) is self
+            for p in params if ours and group["scope"] == "global" else ():
                 m = -p.grad if group["maximize"] else p.grad
                 if mu:
                     m = m * (1 - mu)

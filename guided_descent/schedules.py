@@ -1,6 +1,6 @@
 # Generated from chapters/15_schedules.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head a1896fc5
+# %% head f1af2871
 """Chapter 15, Schedules."""
 
 __all__ = [
@@ -88,11 +88,14 @@ class Schedule:
     def __post_init__(self) -> None:
         self._check()
 
-    # %% 15_schedules sec-sc-module 3 39e09ee3
+    # %% 15_schedules sec-sc-module 3 1f20ce2c
     def __call__(self, t: float) -> float:
-        level = 1.0
-        for piece in self.pieces:
-            n = _steps_of(piece)
+        level, lengths = 1.0, [_steps_of(piece) for piece in self.pieces]
+        if None in lengths[:-1]:
+            first, then = self.pieces[lengths.index(None) :][:2]
+            told = f"{_name(first)} never ends, and {_name(then)} never begins"
+            raise ValueError(f"{told}; call .over(steps) on the schedule first")
+        for piece, n in zip(self.pieces, lengths, strict=True):
             if n is None or t < n:
                 return level * _factor(piece, t, n)
             t, level = t - n, level * _factor(piece, n, n)

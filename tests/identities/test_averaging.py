@@ -10,6 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR
 
 import guided_descent as gd
@@ -434,3 +439,70 @@ def test_fused_with_numbers_on_the_device(name, monkeypatch):
     for engine, own in (("fused", params), ("loop", others)):
         steps(METHODS[name](own, weight_decay=0.1, engine=engine), own, range(5))
     close(values(params), values(others), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["ScheduleFreeSGD", "ScheduleFreeAdamW", "GPA"])
+def test_a_flat_distributed_checkpoint_of_evaluation_goes_on(name):
+    """torch drops y, which a fresh state has not; it follows from x and z."""
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    models = [nn.Linear(3, 2).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    first, second = (getattr(gd, name)(m.parameters(), lr=0.05) for m in models)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.eye(3, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+
+    for _ in range(5):
+        step(models[0], first)
+    first.eval()
+    saved = copy.deepcopy(get_optimizer_state_dict(models[0], first, options=flat))
+    shipped = copy.deepcopy(models[0].state_dict())
+    set_optimizer_state_dict(models[1], second, saved, options=flat)
+    models[1].load_state_dict(shipped)
+    for model, optimizer in zip(models, (first, second), strict=True):
+        optimizer.train()
+        step(model, optimizer)
+    close(list(models[1].parameters()), list(models[0].parameters()))
+
+
+def test_averages_see_through_wrappers_and_say_what_they_are_not():
+    model = network()
+    wrapped = torch.compile(model, backend="eager")
+    gd.EMA(model).load_state_dict(gd.EMA(wrapped).state_dict())
+    average = gd.LAWA(model, 2, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    for _ in range(2):
+        average.update()
+    name, p = next(iter(model.named_parameters()))
+    assert torch.equal(average.state_dict()["average"][name], p)
+    before = copy.deepcopy(average.state_dict())
+    with pytest.raises(ValueError, match="not of this kind, LAWA"):
+        average.load_state_dict(gd.EMA(model).state_dict())
+    with pytest.raises(ValueError, match="not of this kind, EMA"):
+        gd.EMA(model).load_state_dict(model.state_dict())
+    assert torch.equal(before["average"][name], average.state_dict()["average"][name])
+    with pytest.raises(ValueError, match="on the meta device"):
+        gd.EMA(copy.deepcopy(model).to("meta"))
+    moved = copy.deepcopy(model)
+    kept = gd.EMA(moved)
+    moved.to("meta")  # stands for another device
+    kept.update()
+    assert all(x.is_meta for x in kept.average.values())
+
+
+
+def test_the_schedule_of_another_algorithm_is_not_warned_of():
+    w, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    groups = [{"params": [w]}, {"params": [b], "algorithm": "adamw"}]
+    optimizer = gd.ScheduleFreeAdamW(groups)
+    scheduler = LambdaLR(optimizer, [lambda t: 1.0, lambda t: 0.5**t])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            w.grad = b.grad = torch.ones(3)
+            optimizer.step()
+            scheduler.step()

@@ -12,6 +12,7 @@ from torch import nn
 
 import guided_descent as gd
 from guided_descent import modular
+from guided_descent.layers import unwrapped
 from guided_descent.modular import Bias, Bond, Compose, Embed, Gain, Linear, ModularDescent, Mul, Sum, read
 from guided_descent.muon import SCALES
 
@@ -412,3 +413,19 @@ def test_largest_values_of_windows_that_overlap():
     assert modular._window(nn.MaxPool2d(3, 2)) == 4
     assert modular._window(nn.MaxPool1d(2, 3)) == 3**0.5
     assert modular._window(type("Named", (nn.MaxPool2d,), {})(2)) == 2
+
+
+def test_wrappers_in_either_order_and_nothing_to_step():
+    inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    twice = nn.Module()
+    twice._orig_mod = torch.compile(inner, backend="eager")
+    assert unwrapped(twice) is inner
+    ModularDescent(twice)
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+    with pytest.raises(ValueError, match="ModularDescent got no weight"):
+        ModularDescent(Whole(), rules={Whole: "adamw"})

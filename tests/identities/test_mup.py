@@ -666,3 +666,44 @@ def test_seeds_and_schedule():
     again = mup.transfer_check(lambda n: net(n, False), [16, 32], gd.SGD, seeds=[3, 4], **given)
     assert torch.equal(first.losses, again.losses)
     assert (first.losses[..., 0] != first.losses[..., 1]).all()
+
+
+def test_dropout_does_not_hide_what_the_coordinate_check_sees():
+    def build(rate):
+        return lambda n: nn.Sequential(nn.Linear(8, n), nn.ReLU(), nn.Dropout(rate), nn.Linear(n, 4))
+
+    def batches(seed):
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield torch.randn(16, 8, generator=generator), torch.randint(4, (16,), generator=generator)
+
+    def loss(model, batch):
+        return cross_entropy(model(batch[0]), batch[1])
+
+    def slopes(rate, **given):
+        asked = dict(probe=torch.ones(64, 8), base=None, steps=2, seeds=range(2))
+        return mup.coordinate_check(
+            build(rate), (16, 64, 256), gd.Adam, loss=loss, batches=batches, **(asked | given)
+        ).slopes
+
+    plain = slopes(0.0)
+    assert plain[-1, -1] > 0.5
+    assert (slopes(0.3)[:, -1] - plain[:, -1]).abs().max() < 0.2
+    assert torch.equal(slopes(0.0, probe={"input": torch.ones(64, 8)}), plain)
+
+    def few(seed):
+        return [next(batches(seed))]
+
+    with pytest.raises(ValueError, match=r"batches\(0\) gave fewer than steps=2"):
+        mup.coordinate_check(build(0.0), (16, 32), "adam", loss=loss, batches=few, probe=torch.ones(4, 8), steps=2)
+    with pytest.raises(ValueError, match="has the score -1, not above 0"):
+        mup.transfer_check(
+            build(0.0),
+            (16, 32),
+            "adam",
+            loss=loss,
+            batches=batches,
+            lrs=(0.01, 0.02, 0.04),
+            steps=5,
+            evaluate=lambda m: -1.0,
+        )

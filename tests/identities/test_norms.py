@@ -456,3 +456,13 @@ def test_frequencies_that_columns_do_not_see(at):
     for name in ("max", "column", "sign"):
         torch.testing.assert_close(gd.lmo(G * D, name), gd.lmo(G, name))
     torch.testing.assert_close(gd.lmo((G * D).T, "embedding"), gd.lmo(G.T, "embedding"))
+
+
+def test_the_length_counts_no_gradient_of_another_algorithm():
+    w, b = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+    optimizer = gd.NormalizedSGD([{"params": [w], "lr": 0.1}, {"params": [b], "algorithm": "adamw"}])
+    for _ in range(3):
+        before = w.detach().clone()
+        w.grad, b.grad = torch.ones_like(w), 100 * torch.ones_like(b)
+        optimizer.step()
+        assert (w - before).norm().item() == pytest.approx(0.1)

@@ -36,7 +36,7 @@ def test_the_chapter_in_the_readme_works_as_printed(tmp_path):
 
 def test_the_code_in_the_readme_runs():
     blocks = re.findall(r"^```python\n(.*?)^```$", README.split("````markdown")[0], re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     exec("\n".join(blocks), {})
 
 
