@@ -1,6 +1,6 @@
 # Generated from chapters/18_initialization.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 061055e7
+# %% head 71a8774f
 """Chapter 18, Initialization."""
 
 __all__ = [
@@ -117,7 +117,7 @@ class MeanField:
             return c
         return (self.sigma_w**2 * self._product(q, c) + self.sigma_b**2) / self.length(q)
 
-    # %% 18_initialization sec-in-mean-field 3 4b9d8d58
+    # %% 18_initialization sec-in-mean-field 3 707d4311
     def _square(self, q: float) -> float:
         """E φ²."""
         if self.slope is not None:
@@ -187,7 +187,8 @@ class MeanField:
 
 
     def fixed_point(self) -> float:
-        """The mean square that layers lead to: infinite where they grow without bound.
+        """The mean square that layers lead to: infinite where they
+            grow without bound, or, of a smooth phi, past 1000.
 
         Raises:
             ValueError: Every mean square is a fixed point.
@@ -758,7 +759,7 @@ def _endings(
     return endings, rest
 
 
-# %% 18_initialization sec-in-residual 2 26fe3fe5
+# %% 18_initialization sec-in-residual 2 82fee395
 @torch.no_grad()
 def depth_scaled_(
     model: nn.Module,
@@ -772,7 +773,7 @@ def depth_scaled_(
     With L branches x ← x + f(x), each of m layers:
 
     - ``"sqrt"``: the last layer of a branch times 1/√L, weight and bias. The output of
-      a stack then grows by a constant and not by a power of L.
+      a stack then grows by a constant and not exponentially in L.
     - ``"zero"``: the last layer of a branch zero: every block starts as the identity.
     - ``"fixup"``: the last layer zero, the others times L^{−1/(2m−2)}, biases zero; and
       ``head`` zero. Fixup's scalar biases and multipliers are parameters that a model
@@ -871,7 +872,7 @@ def _check_fixup(
     return found
 
 
-# %% 18_initialization sec-in-lsuv 1 da2f789f
+# %% 18_initialization sec-in-lsuv 1 ed34c810
 def lsuv_(
     model: nn.Module,
     example: Any,
@@ -883,7 +884,8 @@ def lsuv_(
     """Scale each layer so that its output on an example has a given variance, in place.
 
     Layer by layer, as the model runs: W ← W · √(target / Var(W a)), the variance over
-    all examples and units. Biases become zero. The model runs twice, in evaluation
+    all examples and units. Biases become zero, but for frozen ones: then the
+    variance is another. The model runs twice, in evaluation
     mode; its modes and buffers are as before.
 
     Args:
@@ -1002,7 +1004,7 @@ def emergence_factors(depth: int, alpha: float) -> list[float]:
     return [alpha ** (n - (depth - 1) / 2) for n in range(depth)]
 
 
-# %% 18_initialization sec-in-emergence 2 0a9217fe
+# %% 18_initialization sec-in-emergence 2 67d0cda6
 @torch.no_grad()
 def emergence_(
     model: nn.Module,
@@ -1015,7 +1017,8 @@ def emergence_(
     product of all is one. A bias is multiplied by ``s_1 ⋯ s_l``. Where activations are
     positively homogeneous (ReLU) and no path skips a layer, the function of the network
     is unchanged, and training is training from the old start with other learning rates:
-    SGD's divided by s_l², Adam's and Muon's by s_l.
+    SGD's divided by s_l², Adam's and Muon's by s_l; a
+    bias's by its own factor.
 
     Args:
         model: The network.

@@ -1,6 +1,6 @@
 # Generated from chapters/17_large_batches.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head 8cfdb995
+# %% head b21ba69e
 """Chapter 17, Large batches."""
 
 __all__ = [
@@ -466,7 +466,7 @@ class CLARS(_LayerWise):
             d = s.momentum_buffer.mul_(h.momentum).add_(d)
         p.add_(d, alpha=-1 if h.lr_in_buffer else -h.lr)
 
-    # %% 17_large_batches sec-lb-clars 3 ce65e4fc
+    # %% 17_large_batches sec-lb-clars 3 996c1a54
     def init_state(self, p: Tensor, g: Tensor, h: Any) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)} if h.momentum else {}
 
@@ -596,7 +596,10 @@ class CLARS(_LayerWise):
 
 
     def coherence(self) -> dict[Tensor, Tensor]:
-        """‖g‖/ν of each matrix, in (0, 1]: before ``step``, after ``backward``."""
+        """‖g‖/ν of each matrix, in [0, 1]: after ``backward``, before ``step``.
+
+        Under a GradScaler: after ``unscale_`` with ``grad_scaler``, before it without.
+        """
         one = self._amplified()[1]
         found = {}
         for p, parts in self._seen.items():
