@@ -1,6 +1,6 @@
 # Generated from chapters/12_muon_scion.md by `python -m literate tangle`.
 # Do not edit here: edit the chapter, or edit and run `python -m literate untangle`.
-# %% head f45ddeca
+# %% head 54669282
 """Chapter 12, Muon and Scion."""
 
 __all__ = [
@@ -113,10 +113,10 @@ def newton_schulz_bounds(
     return lo, hi
 
 
-# %% 12_muon_scion sec-mu-slack 1 6bbd5d55
+# %% 12_muon_scion sec-mu-slack 1 ffa27126
 @functools.lru_cache
 def newton_schulz_slack(preset: str | Coefficients, end: float = 1.5) -> list[float]:
-    """Relative error before each step, up to 1, that leaves the result at most ``end``.
+    """Relative error before each step, up to 1, that leaves at most ``end``.
 
     Source: chapter 12, eq-mu-slack.
     """
